@@ -1,0 +1,1 @@
+"""Families of generators: how each learns and draws."""

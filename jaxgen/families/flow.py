@@ -1,0 +1,127 @@
+"""Flow matching in pixel space: a straight path from picture to noise, x_t = (1 - t) x + t noise, t in [0, 1].
+
+The network predicts the clean picture, which gives the velocity (x_t - x̂) / max(t, 0.05); the loss is on the velocity
+(Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003; clean-picture prediction: Li and He, arXiv 2511.13720;
+logit-normal times: Esser et al., arXiv 2403.03206)."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgen.config import register
+from jaxgen.errors import UserError
+from jaxgen.families.base import SampleSettings, Shapes
+from jaxgen.families.transformer import Transformer
+from jaxgen.families.unet import UNet
+from jaxgen.nn.module import Params, bind, init_params, logical_axes
+from jaxgen.text.features import TextFeatures
+
+MIN_TIME = 0.05  # below this the velocity is not divided by t any further
+SAMPLERS = ("euler", "heun")
+
+
+@register("flow")
+@dataclass(frozen=True)
+class Flow:
+    network: UNet | Transformer = field(default_factory=UNet)
+    time_mean: float = 0.0  # of the logit-normal distribution of t; larger trains more on noisy pictures
+    time_std: float = 1.0
+    time_uniform: float = 0.1  # share of times drawn uniformly, so that both ends are seen
+    sample_shift: float = 1.0  # > 1 spends more of a sampler's steps at high noise (arXiv 2403.03206, eq. 23)
+    loss: Literal["velocity", "clean"] = "velocity"
+
+    def validate(self) -> None:
+        if not 0.0 <= self.time_uniform <= 1.0:
+            raise UserError(f"family.time_uniform={self.time_uniform} is a share: give a number from 0 to 1")
+        if self.time_std <= 0 or self.sample_shift <= 0:
+            raise UserError("family.time_std and family.sample_shift are positive numbers")
+
+    def init(self, key: jax.Array, shapes: Shapes) -> Params:
+        self.network.check_image(shapes.image)
+        return {"generator": init_params(self._build(shapes), key)}
+
+    def logical_axes(self, shapes: Shapes) -> Params:
+        return {"generator": logical_axes(self._build(shapes))}
+
+    def losses(
+        self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array
+    ) -> dict[str, tuple[jax.Array, dict[str, jax.Array]]]:
+        image, text = batch["image"], batch["text"]
+        time_key, noise_key, dropout_key = jax.random.split(key, 3)
+        t = self.draw_times(time_key, image.shape[0])
+        noise = jax.random.normal(noise_key, image.shape, jnp.float32)
+        at = t[:, None, None, None]
+        x_t = (1 - at) * image + at * noise
+        clean = self._predict(params, x_t, t, text, dropout_key)
+        error = jnp.mean(jnp.square(clean - image), axis=(1, 2, 3))
+        weight = 1.0 / jnp.square(jnp.maximum(t, MIN_TIME)) if self.loss == "velocity" else jnp.ones_like(t)
+        return {"generator": (jnp.mean(error * weight), {"clean_mse": jnp.mean(error)})}
+
+    def draw_times(self, key: jax.Array, count: int) -> jax.Array:
+        """float32 [count] in (0, 1): logit-normal, a share of them uniform."""
+        normal_key, uniform_key, choice_key = jax.random.split(key, 3)
+        normal = jax.nn.sigmoid(self.time_mean + self.time_std * jax.random.normal(normal_key, (count,)))
+        uniform = jax.random.uniform(uniform_key, (count,))
+        return jnp.where(jax.random.uniform(choice_key, (count,)) < self.time_uniform, uniform, normal)
+
+    def sample(
+        self,
+        params: Params,
+        frozen: Params,
+        text: TextFeatures,
+        null_text: TextFeatures,
+        key: jax.Array,
+        settings: SampleSettings,
+    ) -> jax.Array:
+        """uint8 [B, H, W, C]; see Family.sample."""
+        if settings.sampler not in SAMPLERS:
+            raise UserError(f"unknown sampler {settings.sampler!r}: one of {', '.join(SAMPLERS)}")
+        x = jax.vmap(lambda k: jax.random.normal(k, settings.image))(key)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, null_text)
+
+        def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+            def plain() -> jax.Array:
+                return self._predict(params, x, jnp.full(x.shape[:1], t), text)
+
+            def guided() -> jax.Array:
+                twice = jnp.concatenate([x, x])
+                clean, null = jnp.split(self._predict(params, twice, jnp.full(twice.shape[:1], t), both), 2)
+                return null + settings.guidance_scale * (clean - null)
+
+            inside = (t >= settings.guidance_low) & (t <= settings.guidance_high) & (settings.guidance_scale != 1.0)
+            return (x - jax.lax.cond(inside, guided, plain)) / jnp.maximum(t, MIN_TIME)
+
+        def time(i: jax.Array) -> jax.Array:
+            t = 1.0 - i / settings.num_steps
+            return self.sample_shift * t / (1.0 + (self.sample_shift - 1.0) * t)
+
+        def step(i: jax.Array, x: jax.Array) -> jax.Array:
+            t, after = time(i), time(i + 1)
+            v = velocity(x, t)
+            ahead = x + (after - t) * v
+            if settings.sampler == "euler":
+                return ahead
+            # Heun's corrector; the last step ends on the clean prediction itself and has nothing to correct.
+            corrected = lambda: x + (after - t) * 0.5 * (v + velocity(ahead, after))  # noqa: E731
+            return jax.lax.cond(after > 0, corrected, lambda: ahead)
+
+        x = jax.lax.fori_loop(0, settings.num_steps, step, x)
+        return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+    def flops(self, shapes: Shapes, tokens: int) -> float:
+        return self.network.flops(shapes, tokens)
+
+    def _build(self, shapes: Shapes):
+        return lambda rngs: self.network.build(rngs, shapes, shapes.image[2])
+
+    def _predict(
+        self, params: Params, x: jax.Array, t: jax.Array, text: TextFeatures, key: jax.Array | None = None
+    ) -> jax.Array:
+        """The clean picture, float32 [B, H, W, C], computed in the parameters' dtype."""
+        shapes = Shapes(x.shape[1:], text.hidden.shape[-1], text.pooled.shape[-1])
+        dtype = jax.tree.leaves(params["generator"])[0].dtype
+        network: Any = bind(self._build(shapes), params["generator"])
+        return network(x.astype(dtype), t, text, key).astype(jnp.float32)

@@ -1,0 +1,58 @@
+"""How a network takes in its time and its text: one vector per example for adaptive norms, tokens for attention."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxgen.nn.attention import Attention
+from jaxgen.nn.layers import MLP, Linear, RMSNorm, time_features
+from jaxgen.text.features import TextFeatures
+
+TIME_FEATURES = 128
+
+
+class Conditioning(nnx.Module):
+    """(t, text) -> a vector [B, width] and tokens [B, T, width].
+
+    A frozen language model's features are made for other ends: `refiner` small transformer blocks over the tokens let
+    the generator learn its own reading of them (as in SD3's and Lumina's context refiners)."""
+
+    def __init__(self, hidden: int, pooled: int, width: int, rngs: nnx.Rngs, *, refiner: int = 0):
+        self.time = MLPEmbed(TIME_FEATURES, width, rngs)
+        self.pooled_norm = RMSNorm(pooled, rngs, learned=False)
+        self.pooled = MLPEmbed(pooled, width, rngs)
+        self.tokens_norm = RMSNorm(hidden, rngs, learned=False)
+        self.tokens = Linear(hidden, width, rngs, axes=(None, "embed"))
+        self.blocks = nnx.List([TextBlock(width, rngs) for _ in range(refiner)])
+
+    def __call__(self, t: jax.Array, text: TextFeatures, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        pooled = self.pooled(self.pooled_norm(text.pooled.astype(dtype)))
+        vector = self.time(time_features(t, TIME_FEATURES).astype(dtype)) + pooled
+        tokens = self.tokens(self.tokens_norm(text.hidden.astype(dtype)))
+        for block in self.blocks:
+            tokens = block(tokens, text.mask)
+        return jax.nn.silu(vector), tokens
+
+
+class MLPEmbed(nnx.Module):
+    """Features -> width -> silu -> width."""
+
+    def __init__(self, din: int, width: int, rngs: nnx.Rngs):
+        self.first = Linear(din, width, rngs, axes=(None, "embed"))
+        self.second = Linear(width, width, rngs, axes=("embed", None))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(jax.nn.silu(self.first(x)))
+
+
+class TextBlock(nnx.Module):
+    """A pre-norm transformer block over text tokens (positions come from the language model itself)."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = RMSNorm(width, rngs), RMSNorm(width, rngs)
+        self.attention = Attention(width, 32 if width % 32 == 0 else width, rngs)
+        self.mlp = MLP(width, 2 * width, rngs, zero=True)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))

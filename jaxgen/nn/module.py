@@ -1,0 +1,85 @@
+"""nnx modules as pure functions of plain parameter trees.
+
+nnx describes layers and nothing else: outside a call parameters are nested dictionaries of arrays, whose flattened
+names join by "." (the names in an exported file and in a checkpoint).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = dict[str, Any]
+Build = Callable[[nnx.Rngs], nnx.Module]
+
+
+def param(
+    init: Callable[..., jax.Array], rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> nnx.Param:
+    """A float32 parameter whose dimensions carry logical axis names (parallel/mesh.py says what they map to)."""
+    if len(shape) != len(axes):
+        raise ValueError(f"a parameter of shape {shape} needs {len(shape)} axis names, got {axes}")
+    return nnx.Param(init(rngs.params(), shape), axes=axes)
+
+
+def init_params(build: Build, key: jax.Array) -> Params:
+    """Fresh parameters of the module that `build` makes; pure, so it can be jitted with output shardings."""
+    state = nnx.state(build(nnx.Rngs(params=key)), nnx.Param)
+    return nested((path, variable[...]) for path, variable in _flat(state))
+
+
+def logical_axes(build: Build) -> Params:
+    """The tree of `init_params` with a tuple of logical axis names in each array's place."""
+    _, state = _abstract(build)
+    return nested((path, variable.get_metadata("axes")) for path, variable in _flat(state))
+
+
+def bind(build: Build, params: Params) -> Any:
+    """The module that `build` makes, holding `params`. Meant for use inside a traced function: nothing is computed.
+
+    Raises KeyError where `params` lacks one of the module's parameters."""
+    graphdef, state = _abstract(build)
+    values = {path: variable.replace(lookup(params, map(str, path))) for path, variable in state.flat_state()}
+    return nnx.merge(graphdef, nnx.State.from_flat_path(values))
+
+
+def nested(flat: Any) -> Params:
+    """A nested dictionary from (path, leaf) pairs, a path being a sequence of names."""
+    tree: Params = {}
+    for path, leaf in flat:
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def flatten(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) pairs of a nested dictionary, in sorted order."""
+    for name in sorted(tree):
+        value = tree[name]
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    return nested((name.split("."), leaf) for name, leaf in flat.items())
+
+
+def lookup(tree: Params, path: Any) -> Any:
+    """The leaf or subtree of a nested dictionary at a path of names."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _flat(state: nnx.State) -> Iterator[tuple[tuple[str, ...], Any]]:
+    return ((tuple(map(str, path)), variable) for path, variable in state.flat_state())
+
+
+def _abstract(build: Build) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))), nnx.Param)
