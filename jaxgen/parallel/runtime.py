@@ -1,0 +1,104 @@
+"""Starting JAX for a run: processes, virtual CPU devices, compile cache, precision, and a check that nothing is unseen."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen.errors import UserError
+
+
+def start(allow_cpu: bool = False) -> None:
+    """Call once, before the first device is asked for.
+
+    Joins the other processes when the environment names them, gives a CPU one device a core (a measured win: XLA uses
+    the cores better so), keeps compiled programs on disk, and raises UserError where the host has an accelerator that
+    JAX does not see."""
+    cpu_only = os.environ.get("JAX_PLATFORMS", "") == "cpu"
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAXGEN_CPU_DEVICES", 0)) or cores())
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/jaxgen/xla").expanduser()))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    distributed = multi_host(os.environ)
+    if distributed is not None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(**distributed)
+    if jax.default_backend() == "cpu" and not allow_cpu and not cpu_only:
+        unseen = unseen_accelerator(os.environ)
+        if unseen is not None:
+            raise UserError(unseen)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def multi_host(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """The arguments of jax.distributed.initialize where the environment says that this is one process of several."""
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        missing = [name for name in names if name not in environment]
+        if missing:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is set and {', '.join(missing)} is not: set all of {', '.join(names)}")
+        return {
+            "coordinator_address": environment[names[0]],
+            "num_processes": int(environment[names[1]]),
+            "process_id": int(environment[names[2]]),
+        }
+    tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    slurm_tasks = int(environment.get("SLURM_NTASKS", 1))
+    return {} if len(tpu_hosts) > 1 or slurm_tasks > 1 else None  # jax finds the rest by itself
+
+
+def unseen_accelerator(environment: Mapping[str, str], root: Path = Path("/")) -> str | None:
+    """What is wrong, and the command that mends it, where the host has an accelerator and JAX runs on the CPU."""
+    nvidia = (root / "proc/driver/nvidia/version").exists() or (root / "dev/nvidia0").exists()
+    if nvidia and environment.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        kind, extra = "an NVIDIA GPU", "cuda"
+    elif list((root / "dev").glob("accel[0-9]*")) or "TPU_NAME" in environment:
+        kind, extra = "a TPU", "tpu"
+    else:
+        return None
+    return (
+        f"this host has {kind} and JAX sees only the CPU: "
+        f'run `uv sync --extra {extra}` (or `pip install "jaxgen[{extra}]"`), or add --allow_cpu to go on without it'
+    )
+
+
+def compute_dtype(name: str) -> Any:
+    """ "auto" is bfloat16 where the device computes in it natively (TPUs, GPUs from Ampere on), else float32."""
+    if name == "auto":
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", None)
+        native = device.platform == "tpu" or (capability is not None and float(capability) >= 8.0)
+        return jnp.bfloat16 if native else jnp.float32
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"train.compute_dtype={name}: one of auto, float32, bfloat16")
+    return jnp.dtype(name)
+
+
+def describe(dtype: Any) -> str:
+    """The first line of a run: where it runs and in what precision."""
+    device = jax.devices()[0]
+    return (
+        f"jax {jax.__version__} on {device.platform} ({device.device_kind}) × {jax.device_count()} devices, "
+        f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, computing in {jnp.dtype(dtype).name}"
+    )
+
+
+def require(modules: tuple[str, ...], extra: str) -> None:
+    """Raises UserError naming the extra to install where one of `modules` is missing."""
+    import importlib.util
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        command = shutil.which("uv") and Path("pyproject.toml").exists()
+        mend = f"uv sync --extra {extra}" if command else f'{Path(sys.executable).name} -m pip install "jaxgen[{extra}]"'
+        raise UserError(f"{', '.join(missing)} is not installed: run `{mend}`")
