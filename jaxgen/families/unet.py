@@ -13,7 +13,7 @@ from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
 from jaxgen.nn.attention import Attention, rotary_2d
-from jaxgen.nn.conditioning import Conditioning
+from jaxgen.families.conditioning import Conditioning
 from jaxgen.nn.layers import Conv, Linear, RMSNorm, dropout, modulate, patchify, unpatchify
 from jaxgen.text.features import TextFeatures
 
