@@ -15,11 +15,13 @@ import numpy as np
 
 from jaxgen.data.scenes import BACKGROUND, COLOURS, SHAPES, SIZES, Scene, coverage, extent, holds
 
-# Levels (of 255) by which a pixel stands out: above noise of ±8 and JPEG's ringing, below a fifth of any colour's
-# contrast, so that a ghost of an object is still seen.
+# Levels (of 255) by which a pixel belongs to an object: above the bridges JPEG builds between close ones, below the
+# least contrast of a colour (purple's 68) on a pixel two thirds covered.
+BELONGS = 44
+# Levels by which a pixel away from every object is seen: above noise of ±8 and ringing, so that ghosts still count.
 STANDS_OUT = 26
-# What an eye passes over: a few pixels, or a faint spot as JPEG leaves them at corners.
-SPECK, FAINT_SPECK, FAINT = 2, 6, 45
+# Pixels of a spot that an eye passes over, and of a faint one (JPEG leaves them at corners).
+SPECK, FAINT_SPECK = 2, 6
 # An object's colour is its nearest one if no channel is off by more: half the closest pair's distance (orange, yellow).
 COLOUR_TOLERANCE = 35
 # Squared error of the coverage, summed over an object's pixels, as a share of its area and with a constant for its
@@ -79,16 +81,19 @@ def find(images: np.ndarray) -> list[list[Found]]:
     n, size = len(images), images.shape[1]
     offset = images.astype(np.float32) - np.array(BACKGROUND, np.float32)
     contrast = np.abs(offset).max(-1)
-    standing = (contrast > STANDS_OUT).astype(np.uint8)
+    solid = (contrast > BELONGS).astype(np.uint8)
     templates, area, centroid = _templates(size)
     window = templates.shape[-1]
     padded = np.pad(offset, ((0, 0), (window, window), (window, window), (0, 0)))
     owners, patches, corners = [], [], []
+    found: list[list[Found]] = [[] for _ in range(n)]
     for i in range(n):
-        labels, label_map, stats, _ = cv2.connectedComponentsWithStats(standing[i], connectivity=8)
+        labels, label_map, stats, _ = cv2.connectedComponentsWithStats(solid[i], connectivity=8)
+        for x, y in _ghosts(contrast[i], solid[i]):
+            found[i].append(Found(None, None, None, x, y))
         for label in range(1, labels):
             left, top, width, height, pixels = stats[label]
-            if pixels <= SPECK or (pixels <= FAINT_SPECK and contrast[i][label_map == label].max() < FAINT):
+            if pixels <= SPECK:
                 continue
             # A patch is the component and its blurred edge; what belongs to a neighbour is taken out.
             x, y = int(left + width / 2) - window // 2, int(top + height / 2) - window // 2
@@ -100,7 +105,6 @@ def find(images: np.ndarray) -> list[list[Found]]:
             patches.append(patch * cv2.dilate(own, _AROUND)[..., None] if whole else np.zeros_like(patch))
             owners.append(i)
             corners.append((x, y))
-    found: list[list[Found]] = [[] for _ in range(n)]
     if patches:
         for i, one in zip(owners, _identify(np.stack(patches), np.array(corners), templates, area, centroid), strict=True):
             found[i].append(one)
@@ -108,6 +112,15 @@ def find(images: np.ndarray) -> list[list[Found]]:
 
 
 _AROUND = np.ones((3, 3), np.uint8)
+
+
+def _ghosts(contrast: np.ndarray, solid: np.ndarray) -> list[tuple[float, float]]:
+    """Centres of patches away from every object that an eye would still see; contrast and solid are [S, S]."""
+    faint = (contrast > STANDS_OUT) & (cv2.dilate(solid, _AROUND) == 0)
+    if np.count_nonzero(faint) <= SPECK:
+        return []
+    labels, _, stats, centres = cv2.connectedComponentsWithStats(faint.astype(np.uint8), connectivity=8)
+    return [tuple(centres[k]) for k in range(1, labels) if stats[k, cv2.CC_STAT_AREA] > FAINT_SPECK]
 
 
 @functools.cache
