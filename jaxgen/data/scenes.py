@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from jaxgen.data.recipe import Example
+
 BACKGROUND = (128, 128, 128)
 COLOURS = {
     "red": (220, 40, 40),
@@ -285,3 +287,29 @@ def prompts(split: str, count: int, seed: int = 0) -> Iterator[tuple[str, Scene]
     for index in range(count):
         scene, captions = example(split, index, seed)
         yield captions[0], scene
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The recipe. A flip would break "left of", a crop "large" and the counts."""
+
+    size: int = 32
+    train_examples: int = 50_000
+    paraphrases: int = 1
+    seed: int = 0
+    flip = False
+    crop = False
+
+    def identity(self) -> str:
+        return f"{self.size}px_{self.train_examples}_{self.paraphrases}_{self.seed}"
+
+    def splits(self) -> tuple[str, ...]:
+        return SPLITS
+
+    def examples(self, split: str) -> Iterator[Example]:
+        import cv2
+
+        for index in range(self.train_examples if split == "train" else 1000):
+            scene, captions = example(split, index, self.seed, self.paraphrases, self.size)
+            pixels = np.ascontiguousarray(render(scene, self.size)[:, :, ::-1])
+            yield Example(str(index), cv2.imencode(".png", pixels)[1].tobytes(), captions, scene.to_json())

@@ -1,0 +1,108 @@
+"""Prepares recipes as TFDS data sets in array_record files, and reads them back; no TensorFlow."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.data.recipe import Recipe, decode
+from jaxgen.errors import UserError
+from jaxgen.storage import Path, explain, write_json
+
+VERSION = "1.0.0"
+
+
+def prepare(name: str, recipe: Recipe, root: Path) -> Any:
+    """The TFDS builder of a prepared set under `root`; prepares it first where it is missing. Process 0 prepares.
+
+    Unreadable pictures and those without a caption are dropped and counted in problems.json."""
+    import logging
+
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # its advice is for authors of published sets
+
+    class Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(VERSION)
+        problems: dict[str, int] = {}  # noqa: RUF012
+
+        def _info(self) -> Any:
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "captions": tfds.features.Sequence(tfds.features.Text()),
+                "meta": tfds.features.Text(),
+            }
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager: Any) -> dict[str, Any]:
+            return {split: self._generate_examples(split) for split in recipe.splits()}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+            for example in recipe.examples(split):
+                captions = [c.strip() for c in example.captions if c.strip()]
+                problem = "no caption" if not captions else "unreadable" if decode(example.image) is None else None
+                if problem:
+                    self.problems[problem] = self.problems.get(problem, 0) + 1
+                    continue
+                yield example.key, {"image": example.image, "captions": captions, "meta": example.meta}
+
+    Captioned.name = name
+    config = tfds.core.BuilderConfig(name=recipe.identity(), version=VERSION)
+    builder = Captioned(data_dir=os.fspath(root), config=config, file_format="array_record")
+    directory = Path(builder.data_dir)
+    if not (directory / "dataset_info.json").exists() and jax.process_index() == 0:
+        print(f"preparing {name} in {directory}", file=sys.stderr, flush=True)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # a run's first line is its own
+                builder.download_and_prepare()
+        except OSError as error:
+            raise explain(error, directory) from error
+        if builder.problems:
+            write_json(directory / "problems.json", builder.problems)
+            told = ", ".join(f"{count} {problem}" for problem, count in builder.problems.items())
+            print(f"{name}: left out {told}", file=sys.stderr)
+        if not sum(split.num_examples for split in builder.info.splits.values()):
+            shutil.rmtree(os.fspath(directory), ignore_errors=True)
+            raise UserError(f"data.name={name}: not one readable picture with a caption ({dict(builder.problems)})")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"prepared {name}")
+        builder = Captioned(data_dir=os.fspath(root), config=config, file_format="array_record")
+    return builder
+
+
+class Records:
+    """A split of a prepared set, by index: encoded picture, captions, meta."""
+
+    def __init__(self, builder: Any, split: str):
+        import tensorflow_datasets as tfds
+
+        known = sorted(builder.info.splits)
+        if split not in known:
+            raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(known)}")
+        self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[bytes, list[str], str]:
+        record = self._source[int(index)]
+        captions = [c.decode() if isinstance(c, bytes) else str(c) for c in np.asarray(record["captions"]).tolist()]
+        meta = record["meta"]
+        return record["image"], captions, meta.decode() if isinstance(meta, bytes) else str(meta)
+
+
+def count_problems(builder: Any) -> dict[str, int]:
+    """What was left out when the set was prepared."""
+    try:
+        return json.loads((Path(builder.data_dir) / "problems.json").read_text())
+    except FileNotFoundError:
+        return {}

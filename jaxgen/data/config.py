@@ -1,0 +1,34 @@
+"""Which pictures a run learns from, and how they are fed."""
+
+from dataclasses import dataclass
+
+from jaxgen.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`name` is scenes, emoji, flickr8k, folder:PATH or tfds:NAME."""
+
+    name: str = "scenes"
+    image_size: int = 32
+    source: str | None = None  # directory with the official layout (emoji, flickr8k)
+    dir: str = "~/.cache/jaxgen/data"  # prepared sets are kept here; may be remote
+    train_examples: int = 50_000  # scenes only: how many to draw
+    paraphrases: int = 1  # scenes only: further captions of each training picture
+    caption_template: str | None = None  # tfds only: for sets with class labels, "a photo of a {label}"
+    flip: bool | None = None  # mirror half of the pictures; by default as the set allows
+    crop: bool | None = None  # random crops of an eighth; by default as the set allows
+    threads: int = 4  # that decode pictures
+    max_bad: int = 100  # unreadable pictures met in training before the run stops
+    keep_in_memory: int = 512  # MB; a decoded set up to this size is decoded once
+
+    def validate(self) -> None:
+        if self.image_size < 8:
+            raise UserError(f"data.image_size={self.image_size}: at least 8 pixels")
+        for name in ("train_examples", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.paraphrases < 0 or self.max_bad < 0 or self.keep_in_memory < 0:
+            raise UserError("data.paraphrases, data.max_bad and data.keep_in_memory cannot be negative")
+        if self.caption_template is not None and "{label}" not in self.caption_template:
+            raise UserError(f"data.caption_template={self.caption_template!r} needs a {{label}} in it")

@@ -1,0 +1,56 @@
+"""Emoji: Noto (Apache-2.0) and Fluent 3D (MIT) pictures with their names and keywords.
+
+Layout: SOURCE/{noto_emoji,fluent_emoji_3d}/captions.jsonl, a line {"file", "name", "keywords", ...} a picture."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxgen.data.recipe import Example
+from jaxgen.errors import UserError
+from jaxgen.storage import Path
+
+STYLES = {"noto_emoji": "flat", "fluent_emoji_3d": "3D"}
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """Not mirrored: arrows, letters, clocks and hands have sides. Not cropped: every picture is framed tightly."""
+
+    source: Path
+    flip = False
+    crop = False
+
+    def identity(self) -> str:
+        lines = [line for style in self._styles() for line in self._lines(style)]
+        return "v1_" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "validation", "test")
+
+    def examples(self, split: str) -> Iterator[Example]:
+        for style in self._styles():
+            for number, line in enumerate(self._lines(style)):
+                try:
+                    entry = json.loads(line)
+                    file, name, keywords = entry["file"], entry["name"], entry.get("keywords", [])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"{self.source / style}/captions.jsonl, line {number + 1}: {error}") from None
+                # By the name, so that both styles and all skin tones of an emoji fall into the same split.
+                share = int(hashlib.sha256(name.split(":")[0].encode()).hexdigest()[:8], 16) % 100
+                if split != ("test" if share < 5 else "validation" if share < 10 else "train"):
+                    continue
+                path = self.source / file
+                plain = f"a {STYLES[style]} emoji of {name}"
+                captions = [plain, *(f"{plain}, {', '.join(k for k in keywords[:5])}" for _ in keywords[:1])]
+                yield Example(file, path.read_bytes() if path.exists() else b"", captions, json.dumps({"name": name}))
+
+    def _styles(self) -> list[str]:
+        found = [style for style in STYLES if (self.source / style / "captions.jsonl").exists()]
+        if not found:
+            raise UserError(f"data.source={self.source} has neither {' nor '.join(STYLES)} with a captions.jsonl")
+        return found
+
+    def _lines(self, style: str) -> list[str]:
+        return [line for line in (self.source / style / "captions.jsonl").read_text().splitlines() if line.strip()]

@@ -1,0 +1,162 @@
+"""From prepared records to batches on the devices.
+
+Which picture, caption and augmentation a place in a batch gets is a function of (seed, step, place in the global batch)
+alone; a process takes its slice after that is decided. So the step number is the whole state of the input, and another
+number of processes sees the same batches."""
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import Empty, Full, Queue
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.data import registry
+from jaxgen.data.builder import Records, prepare
+from jaxgen.data.config import DataConfig
+from jaxgen.data.recipe import decode, fit
+from jaxgen.errors import UserError
+from jaxgen.storage import as_path
+
+FOREVER = 2**40  # positions; no run is that long
+
+
+class Source:
+    """A split's decoded pictures and captions by index."""
+
+    def __init__(self, config: DataConfig, records: Any, *, flip: bool = False, crop: bool = False):
+        self.records, self.flip, self.crop = records, flip, crop
+        # Room for a random crop: an eighth more than what a batch shows.
+        self.size = config.image_size
+        self.stored = config.image_size * 9 // 8 if crop else config.image_size
+        self.max_bad, self.bad = config.max_bad, 0
+        self._images: np.ndarray | None = None
+        self._captions: list[list[str]] | None = None
+        if len(records) * self.stored**2 * 3 <= config.keep_in_memory * 2**20:
+            self._load()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, list[str]]:
+        """(uint8 [stored, stored, 3], captions); a picture that cannot be read is replaced by the next that can."""
+        if self._images is not None and self._captions is not None:
+            return self._images[index], self._captions[index]
+        for step in range(len(self)):
+            data, captions, _ = self.records[(index + step) % len(self)]
+            image = decode(data)
+            if image is not None:
+                return fit(image, self.stored), captions
+            self.bad += 1
+            if self.bad > self.max_bad:
+                break
+        raise UserError(f"{self.bad} unreadable pictures met while training, more than data.max_bad={self.max_bad}")
+
+    def captions(self) -> Iterator[str]:
+        """Every caption of the split."""
+        for index in range(len(self)):
+            yield from self._captions[index] if self._captions is not None else self.records[index][1]
+
+    @property
+    def in_memory(self) -> bool:
+        return self._images is not None
+
+    def _load(self) -> None:
+        pairs = [self[index] for index in range(len(self))]
+        self._images = np.stack([image for image, _ in pairs])
+        self._captions = [captions for _, captions in pairs]
+
+
+def load_source(config: DataConfig, split: str = "train") -> Source:
+    """A split of the configured set, prepared first where that is needed. Only training pictures are augmented."""
+    name, recipe = registry.recipe(config)
+    records = Records(prepare(name, recipe, as_path(config.dir)), split)
+    if len(records) == 0:
+        raise UserError(f"data.name={config.name}: its split {split!r} is empty")
+    train = split == "train"
+    flip = recipe.flip if config.flip is None else config.flip
+    crop = recipe.crop if config.crop is None else config.crop
+    return Source(config, records, flip=train and flip, crop=train and crop)
+
+
+def batches(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    caption_dropout: float = 0.0,
+    threads: int = 4,
+) -> Iterator[dict[str, Any]]:
+    """This process's share of every global batch from `start_step` on, without end:
+    {"image": uint8 [b, H, W, 3], "caption": list of b strings, "" where it is dropped}."""
+    import grain
+
+    share = batch_size // process_count
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+
+    def fetch(k: int) -> dict[str, Any]:
+        step, place = divmod(int(k), share)
+        position = (start_step + step) * batch_size + process_index * share + place
+        rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
+        image, captions = source[int(order[position])]
+        caption = captions[int(rng.integers(len(captions)))]
+        dropped = rng.random() < caption_dropout
+        top, left = (rng.random(2) * (source.stored - source.size + 1)).astype(int)
+        image = image[top : top + source.size, left : left + source.size]
+        if rng.random() < 0.5 and source.flip:
+            image = image[:, ::-1]
+        return {"image": image, "caption": "" if dropped else caption}
+
+    ahead = 0 if source.in_memory else max(2 * share, 16)
+    options = grain.ReadOptions(num_threads=0 if source.in_memory else threads, prefetch_buffer_size=ahead)
+    examples = iter(grain.MapDataset.range(FOREVER).map(fetch).to_iter_dataset(options))
+    while True:
+        batch = [next(examples) for _ in range(share)]
+        yield {"image": np.stack([e["image"] for e in batch]), "caption": [e["caption"] for e in batch]}
+
+
+def to_device(
+    batches: Iterator[dict[str, Any]], sharding: jax.sharding.NamedSharding, ready: Callable[[Any], Any], ahead: int = 2
+) -> Iterator[Any]:
+    """Global jax.Arrays of `ready(batch)` (a tree of this process's arrays), `ahead` batches before they are needed.
+
+    An error in the input is raised where the batch would have come."""
+    queue: Queue[Any] = Queue(ahead)
+    stop = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return queue.put(item, timeout=0.1)
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if stop.is_set():
+                    return
+                arrays = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), ready(batch))
+                put(arrays)
+        except BaseException as error:  # handed to the consumer
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="input")
+    thread.start()
+    try:
+        while True:
+            item = queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        while thread.is_alive():
+            try:
+                queue.get_nowait()
+            except Empty:
+                thread.join(0.05)

@@ -1,0 +1,41 @@
+"""The data sets by name: one line each."""
+
+from collections.abc import Callable
+
+from jaxgen.data.config import DataConfig
+from jaxgen.data.emoji import Emoji
+from jaxgen.data.flickr8k import Flickr8k
+from jaxgen.data.folder import Folder
+from jaxgen.data.recipe import Recipe
+from jaxgen.data.scenes import Scenes
+from jaxgen.data.tfds_sets import TfdsSet
+from jaxgen.errors import UserError
+from jaxgen.storage import Path, as_path
+
+RECIPES: dict[str, Callable[[DataConfig, str], Recipe]] = {
+    "scenes": lambda c, _: Scenes(c.image_size, c.train_examples, c.paraphrases),
+    "emoji": lambda c, _: Emoji(_directory(c)),
+    "flickr8k": lambda c, _: Flickr8k(_directory(c)),
+    "folder": lambda c, path: Folder(as_path(path)),
+    "tfds": lambda c, name: TfdsSet(name, c.source, c.caption_template),
+}
+
+
+def recipe(config: DataConfig) -> tuple[str, Recipe]:
+    """(name without its argument, recipe) of a configuration; raises UserError for an unknown name."""
+    name, colon, argument = config.name.partition(":")
+    if name not in RECIPES or bool(colon) != (name in ("folder", "tfds")):
+        known = ", ".join({"folder": "folder:PATH", "tfds": "tfds:NAME"}.get(n, n) for n in RECIPES)
+        raise UserError(f"data.name={config.name}: unknown; known: {known}")
+    return name, RECIPES[name](config, argument)
+
+
+def _directory(config: DataConfig) -> Path:
+    if config.source is None:
+        raise UserError(f"data.name={config.name} reads its official layout from a directory: set data.source=DIR")
+    path = as_path(config.source)
+    if not path.is_dir():
+        raise UserError(f"data.source={config.source}: no such directory")
+    if not any(path.iterdir()):
+        raise UserError(f"data.source={config.source} is empty")
+    return path
