@@ -27,8 +27,8 @@ class UNet:
     widths: tuple[int, ...] = (64, 128)
     down: tuple[int, ...] = (2, 2)  # residual blocks of each level on the way down
     up: tuple[int, ...] = (3, 2)  # and on the way up
-    attention: tuple[bool, ...] = (False, True)  # attention to the image and the text after every block of the level
-    head_dim: int = 32
+    attention: tuple[bool, ...] = (False, True)  # to image and text, after the level's last block down and last block up
+    head_dim: int = 64
     refiner: int = 1  # transformer blocks over the text tokens
     dropout: float = 0.0
 
@@ -65,8 +65,8 @@ class UNet:
             blocks = down + up
             total += blocks * 2 * 2 * 9 * width**2 * area
             if attends:
-                total += blocks * (2 * 4 * width**2 * area + 2 * 2 * text * width * tokens)
-                total += blocks * 2 * 2 * width * area * (area + tokens)
+                each = 2 * 4 * width**2 * area + 2 * 2 * text * width * tokens + 2 * 2 * width * area * (area + tokens)
+                total += ((down > 0) + (up > 0)) * each
             if below:
                 total += 2 * 2 * 4 * below * width * area  # down and up between the levels
             below, area = width, area // 4
@@ -81,7 +81,8 @@ class _UNet(nnx.Module):
         self.stem = Conv(shapes.image[2] * c.patch**2, c.widths[0], rngs)
 
         def level(i: int, blocks: int) -> nnx.List:
-            return nnx.List([_Block(c, c.widths[i], text, c.attention[i], rngs) for _ in range(blocks)])
+            last = blocks - 1
+            return nnx.List([_Block(c, c.widths[i], text, c.attention[i] and k == last, rngs) for k in range(blocks)])
 
         levels = range(len(c.widths))
         self.down = nnx.List([level(i, c.down[i]) for i in levels])

@@ -1,13 +1,13 @@
 """A whole run, as a configuration file's get_config() returns it: one section a room."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxgen.data.config import DataConfig
 from jaxgen.errors import UserError
 from jaxgen.families.flow import Flow
 from jaxgen.parallel.mesh import MeshConfig
 from jaxgen.text.config import TextConfig
-from jaxgen.train.optimizers import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,27 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "linear", "trapezoid"] = "cosine"
+    warmup_steps: int = 100
+    decay_share: float = 0.3  # of a trapezoid's steps, at the end, in which the rate falls to zero
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.95  # Muon's
+    weight_decay: float = 0.01  # of matrices and kernels only
+    clip_norm: float = 1.0  # of all gradients of a group together; 0 is off
+
+    def validate(self) -> None:
+        if self.learning_rate <= 0:
+            raise UserError(f"optimizer.learning_rate={self.learning_rate} must be positive")
+        if not 0.0 < self.decay_share <= 1.0:
+            raise UserError(f"optimizer.decay_share={self.decay_share} must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How pictures are drawn by default, and which ones while training."""
 
@@ -48,12 +69,19 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """A metric on `validation` while training; `patience` evaluations without a new best end the run (0: never)."""
+    """Metrics on `validation` while training: eval/loss for every set, eval/exact and its parts for scenes.
+
+    The checkpoint with the best `metric` is kept; `patience` evaluations without a new best end the run (0: never)."""
 
     every: int = 0  # steps; 0 is never
-    count: int = 200  # prompts
-    metric: str = "eval/exact"
+    count: int = 256  # examples
+    metric: str = "eval/loss"
     patience: int = 0
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is."""
+        return -1 if self.metric.endswith("loss") else 1
 
 
 @dataclass(frozen=True)

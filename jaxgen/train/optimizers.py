@@ -1,35 +1,13 @@
 """Learning-rate schedules and optimizers, all of them optax's."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from jaxgen.errors import UserError
 from jaxgen.nn.module import Params
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    schedule: Literal["constant", "cosine", "linear", "trapezoid"] = "cosine"
-    warmup_steps: int = 100
-    decay_share: float = 0.3  # of a trapezoid's steps, at the end, in which the rate falls to zero
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    momentum: float = 0.95  # Muon's
-    weight_decay: float = 0.01  # of matrices and kernels only
-    clip_norm: float = 1.0  # of all gradients of a group together; 0 is off
-
-    def validate(self) -> None:
-        if self.learning_rate <= 0:
-            raise UserError(f"optimizer.learning_rate={self.learning_rate} must be positive")
-        if not 0.0 < self.decay_share <= 1.0:
-            raise UserError(f"optimizer.decay_share={self.decay_share} must lie in (0, 1]")
+from jaxgen.train.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

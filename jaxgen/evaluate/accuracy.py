@@ -1,0 +1,37 @@
+"""How often a model draws exactly what a caption asks for."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxgen.data.scenes import KINDS, prompts
+from jaxgen.evaluate.verifier import verify
+
+ATTRIBUTES = ("exact", "count", "colour", "shape", "size", "relation")
+
+
+class Draws(Protocol):
+    """What is judged: a jaxgen.Model, or anything that draws as one does."""
+
+    def sample(self, prompts: list[str], *, seed: int = 0, **settings: Any) -> np.ndarray: ...
+
+
+def accuracy(model: Draws, split: str = "validation", count: int = 1000, seed: int = 0, **settings: Any) -> dict[str, float]:
+    """Draw one picture for each of `count` prompts of a split and judge it: shares under eval/ names, by kind too."""
+    return judge(model, split, count, seed, **settings)[0]
+
+
+def judge(
+    model: Draws, split: str, count: int, seed: int = 0, **settings: Any
+) -> tuple[dict[str, float], np.ndarray, list[str], np.ndarray]:
+    """(shares, pictures uint8 [N, S, S, 3], captions, exact bool [N])."""
+    pairs = list(prompts(split, count))
+    captions = [caption for caption, _ in pairs]
+    images = model.sample(captions, seed=seed, **settings)
+    verdict = verify(images, [scene for _, scene in pairs])
+    shares = {f"eval/{name}": float(getattr(verdict, name).mean()) for name in ATTRIBUTES}
+    kinds = np.array([scene.kind for _, scene in pairs])
+    for kind in KINDS:
+        if (kinds == kind).any():
+            shares[f"eval/exact_{kind}"] = float(verdict.exact[kinds == kind].mean())
+    return shares, images, captions, verdict.exact

@@ -1,0 +1,57 @@
+"""Captioned sheets of pictures, and PNG files that say how they were made."""
+
+import io
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from jaxgen.storage import Path, write_bytes
+
+MARGIN, LINE = 6, 13
+
+
+def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int | None = None, cell: int = 128) -> np.ndarray:
+    """uint8 [H, W, 3]: pictures (uint8 [h, w, 3], any size) enlarged to about `cell` pixels, each over its caption."""
+    columns = columns or min(len(images), max(4, round(len(images) ** 0.5)))
+    font = ImageFont.load_default(11)
+    wrapped = [textwrap.wrap(caption, max(cell // 6, 8))[:4] for caption in captions]
+    height = cell + LINE * max(map(len, wrapped), default=0) + MARGIN
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), "white")
+    draw = ImageDraw.Draw(page)
+    for k, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x, y = MARGIN + k % columns * (cell + MARGIN), MARGIN + k // columns * (height + MARGIN)
+        picture = Image.fromarray(image)
+        scale = cell / max(picture.size)
+        # Few pixels are shown as they are; many are averaged.
+        size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+        page.paste(picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS), (x, y))
+        for number, line in enumerate(lines):
+            draw.text((x, y + cell + 2 + number * LINE), line, fill="black", font=font)
+    return np.asarray(page)
+
+
+def encode_png(image: np.ndarray, metadata: dict[str, Any]) -> bytes:
+    """PNG bytes of uint8 [H, W, 3], `metadata` as text chunks (JSON where it is no string)."""
+    info = PngInfo()
+    for name, value in metadata.items():
+        info.add_itxt(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def save_png(path: Path, image: np.ndarray, metadata: dict[str, Any]) -> None:
+    write_bytes(path, encode_png(image, metadata))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        image.load()
+        return {name: str(value) for name, value in image.text.items()}  # type: ignore[attr-defined]

@@ -1,0 +1,144 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases where it is set up, and a line on the screen."""
+
+import json
+import os
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from jaxgen.storage import Path, as_path, is_remote, write_text
+
+# Dense bfloat16 peaks, FLOP/s a device, by the start of jax's device_kind.
+PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+INTERVAL = {False: 1.0, True: 60.0}  # seconds between rewrites of a local and of a remote metrics.jsonl
+
+
+class MetricsLog:
+    """metrics.jsonl, a JSON object a line; opening it at a step drops the lines beyond that step.
+
+    The file is always written whole: object stores cannot append."""
+
+    def __init__(self, workdir: Path, step: int):
+        self.path = workdir / "metrics.jsonl"
+        self._written = float("-inf")
+        self._lines: list[str] = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        self._lines.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line cut short by a crash on a file system without atomic writes
+            self.flush()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self._lines.append(json.dumps({"step": step, **values}))
+        if time.monotonic() - self._written > INTERVAL[is_remote(self.path)]:
+            self.flush()
+
+    def flush(self) -> None:
+        write_text(self.path, "".join(line + "\n" for line in self._lines))
+        self._written = time.monotonic()
+
+
+class TensorBoard:
+    """Event files in the workdir without TensorFlow; for a remote one they are written here and copied whole."""
+
+    def __init__(self, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._remote = workdir / "tensorboard" if is_remote(workdir) else None
+        self._local = tempfile.mkdtemp(prefix="jaxgen-events-") if self._remote else os.fspath(workdir / "tensorboard")
+        self._writer = SummaryWriter(self._local, purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if self._remote is not None:
+            for file in as_path(self._local).iterdir():
+                (self._remote / file.name).parent.mkdir(parents=True, exist_ok=True)
+                (self._remote / file.name).write_bytes(file.read_bytes())
+
+
+class WandB:
+    """Weights & Biases, where the package is installed and WANDB_API_KEY or WANDB_MODE is set; never in the way."""
+
+    def __init__(self, workdir: Path, config: dict[str, Any]):
+        self._run: Any = None
+        if not ({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()):
+            return
+        try:
+            import wandb
+
+            self._run = wandb.init(project="jaxgen", name=workdir.name, id=workdir.name, resume="allow", config=config)
+        except Exception as error:
+            print(f"warning: no Weights & Biases ({error})")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log(values, step=step)
+
+
+class Log:
+    """All of them at once; on processes other than 0 it does nothing."""
+
+    def __init__(self, workdir: Path, step: int, config: dict[str, Any]):
+        self._sinks: list[Any] = []
+        if jax.process_index() == 0:
+            self._sinks = [MetricsLog(workdir, step), TensorBoard(workdir, step), WandB(workdir, config)]
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        for sink in self._sinks:
+            if hasattr(sink, "image"):
+                sink.image(step, name, image)
+
+    def flush(self) -> None:
+        for sink in self._sinks:
+            if hasattr(sink, "flush"):
+                sink.flush()
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 peak of one device, None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
+
+
+def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
+    """What the screen shows: step, loss, speed, time left."""
+    left = (steps - step) * values["step_ms"] / 1000
+    speed = f"MFU {values['mfu']:.1%}" if "mfu" in values else f"{values['gflops']:.0f} GFLOP/s"
+    return (
+        f"step {step}/{steps}  loss {values['loss']:.4f}  {values['images_per_sec']:.0f} images/s  {speed}  "
+        f"{duration(left)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,388 @@
+"""A run from its configuration to its last checkpoint; the same call again goes on where it stopped."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen import config as configs
+from jaxgen.data.pipeline import Source, batches, load_source, to_device
+from jaxgen.errors import UserError
+from jaxgen.evaluate.pictures import save_png, sheet
+from jaxgen.families.base import Shapes
+from jaxgen.model import Model, read_weights
+from jaxgen.nn.module import flatten, unflatten
+from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from jaxgen.parallel.runtime import compute_dtype
+from jaxgen.storage import Path, as_path, write_json
+from jaxgen.text import TextEncoder, load_text_encoder
+from jaxgen.text.cache import CaptionTable, encode_captions
+from jaxgen.train.checkpoints import Checkpoints, read_config
+from jaxgen.train.config import RunConfig
+from jaxgen.train.logging import Log, duration, peak_flops, progress_line
+from jaxgen.train.optimizers import make_optimizer
+from jaxgen.train.state import SAMPLE, TrainState, create, shardings, stream
+from jaxgen.train.step import make_step
+
+# What may differ between the command that began a run and the one that goes on: none of it changes a step's numbers.
+MAY_CHANGE = (
+    "mesh.",
+    "sample.",
+    "eval.",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "data.dir",
+    "data.source",
+    "data.threads",
+    "data.keep_in_memory",
+    "data.max_bad",
+)
+
+
+def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
+    """Train until config.train.steps, early stopping, or SIGTERM/SIGINT (saves, exits with status 0).
+
+    Raises UserError for whatever the user can mend, a loss that is not finite included."""
+    began = time.monotonic()
+    family = config.family
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    previous = claim(workdir, config)
+
+    # Input
+    encoder = load_text_encoder(config.text.source, max_length=config.text.max_length, mesh=mesh)
+    source = load_source(config.data)
+    in_step = config.text.in_step if config.text.in_step is not None else jax.default_backend() != "cpu"
+    held_out = validation(config) if config.eval.every else None
+    table = None
+    if not in_step:
+        captions = [caption for split in (source, held_out) if split is not None for caption in split.captions()]
+        table = encode_captions(encoder, captions, as_path(config.data.dir) / "captions" / config.data.name.replace("/", "_"))
+    ready = featurize(encoder, table, source)
+    frozen = {"text": encoder.params} if in_step else {}
+
+    # State
+    shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
+    groups = jax.eval_shape(lambda: family.init(jax.random.key(0), shapes))
+    optimizers = {group: make_optimizer(config.optimizer, config.train.steps) for group in groups}
+    make = lambda: create(family, shapes, optimizers, config.seed)  # noqa: E731
+    abstract = jax.eval_shape(make)
+    where = shardings(abstract, family.logical_axes(shapes), mesh)
+    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, config.eval.metric if config.eval.every else None)
+    restored = checkpoints.restore(abstract)
+    control: dict[str, Any] = {"best": None, "waited": 0, "stopped": False, "seconds": 0.0}
+    if restored is not None:
+        state, meta = restored
+        if meta["text_fingerprint"] != encoder.fingerprint:
+            raise UserError(f"{workdir} was begun with other text encoder files: restore those or choose another --workdir")
+        control |= meta["control"]
+    else:
+        state = jax.jit(make, out_shardings=where)()
+        if config.train.init_from is not None:
+            state = take_weights(state, config.train.init_from, config.train.init_skip, where)
+    if previous is None or configs.to_dict(config) != previous:
+        if jax.process_index() == 0:
+            write_json(workdir / "config.json", configs.to_dict(config))
+    step = first = int(state.step)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    tell(f"{count / 1e6:.2f} million parameters, {len(source)} pictures, from step {step} to {config.train.steps}")
+    if step >= config.train.steps or control["stopped"]:
+        tell(f"{workdir} is finished (step {step}); raise train.steps or choose another --workdir")
+        checkpoints.close()
+        return
+
+    # Step
+    raw = batches(
+        source,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        start_step=step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        caption_dropout=config.text.dropout,
+        threads=config.data.threads,
+    )
+    feed = to_device(raw, batch_sharding(mesh), ready)
+    batch = next(feed)
+    step_fn = make_step(
+        family,
+        optimizers,
+        seed=config.seed,
+        ema_decay=config.train.ema_decay,
+        accumulate=config.train.accumulate,
+        compute_dtype=compute_dtype(config.train.compute_dtype),
+        encode=encoder.apply if in_step else None,
+    )
+    compiling = time.monotonic()
+    compiled = (
+        jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated(mesh))).lower(state, frozen, batch).compile()
+    )
+    compile_s = time.monotonic() - compiling
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    tell(f"compiled in {compile_s:.1f} s; {used / 2**30:.2f} GiB a device")
+
+    # Loop
+    log = Log(workdir, step, configs.to_dict(config))
+    log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began})
+    flops = 3.0 * family.flops(shapes, tokens_of(batch)) * config.train.batch_size
+    interrupted = catch_signals()
+    trace = Trace(workdir, first + 10) if profile else None
+    before = config_seconds = control["seconds"]
+    started = since = time.monotonic()
+    since_step = step
+    metrics: dict[str, jax.Array] = {}
+
+    def save(metrics: dict[str, float] | None = None) -> None:
+        control["seconds"] = config_seconds + time.monotonic() - started
+        log.flush()
+        meta = {"control": control, "text_fingerprint": encoder.fingerprint, "config": configs.to_dict(config)}
+        checkpoints.save(state, meta, metrics)
+
+    def stop_if_failed(metrics: dict[str, Any]) -> None:
+        if int(metrics["failed"]) >= 0:
+            log.flush()
+            checkpoints.close()
+            raise UserError(
+                f"the loss or gradient of step {int(metrics['failed'])} is not finite; nothing of it was saved. "
+                "Lower optimizer.learning_rate or optimizer.clip_norm and go on from the last checkpoint in another --workdir"
+                " (train.init_from)"
+            )
+
+    while step < config.train.steps and not control["stopped"]:
+        if metrics:
+            # One step in flight besides the running one: enough to hide the host's work, and no pile-up on a CPU.
+            jax.block_until_ready(metrics["loss"])
+        state, metrics = compiled(state, frozen, batch)
+        step += 1
+        if trace is not None:
+            trace.at(step, metrics)
+        last = step == config.train.steps
+        stopping = agreed(interrupted()) if interrupted() or jax.process_count() > 1 else False
+        if not (last or stopping):
+            batch = next(feed)
+        if step % config.train.log_every == 0 or last or stopping:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            stop_if_failed(values)
+            now = time.monotonic()
+            ms = (now - since) * 1000 / (step - since_step)
+            rate = flops / ms * 1000
+            values |= {"step_ms": ms, "images_per_sec": config.train.batch_size * 1000 / ms, "gflops": rate / 1e9}
+            peak = peak_flops()
+            if peak is not None:
+                values["mfu"] = rate / (peak * jax.device_count())
+            values.pop("failed")
+            log.write(step, values)
+            tell(progress_line(step, config.train.steps, values))
+            since, since_step = time.monotonic(), step
+        scores = None
+        if config.eval.every and (step % config.eval.every == 0 or last) and not stopping:
+            stop_if_failed(metrics)
+            scores = evaluate(config, state, frozen, encoder, held_out, ready, mesh)
+            log.write(step, scores)
+            tell(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            keep_best(control, config, scores)
+        if config.sample.prompts and (step % config.sample.every == 0 or last) and not stopping:
+            stop_if_failed(metrics)
+            draw(config, state, encoder, mesh, step, workdir, log)
+        if step % config.train.checkpoint_every == 0 or last or stopping or scores is not None:
+            stop_if_failed(metrics)
+            save(scores)
+        if scores is not None or step % config.sample.every == 0:
+            since, since_step = time.monotonic(), step
+        if stopping:
+            break
+    done = checkpoints.wait() and not checkpoints.failed
+    log.flush()
+    checkpoints.close()
+    if trace is not None:
+        trace.close()
+    if not done:
+        raise UserError(f"the last checkpoint of {workdir} could not be written (see above); run the same command again")
+    spent = duration(before + time.monotonic() - started)
+    if step < config.train.steps and not control["stopped"]:
+        tell(f"stopped at step {step} and saved; the same command goes on from here")
+    else:
+        why = f": {config.eval.metric} has not improved for {config.eval.patience} evaluations" if control["stopped"] else ""
+        tell(f"finished at step {step} after {spent}{why}; draw with: python sample.py --workdir={workdir} --prompt=...")
+
+
+def tell(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def claim(workdir: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The configuration that began this workdir, None for a new one; raises UserError where it is another run's."""
+    previous = read_config(workdir)
+    if previous is None:
+        write_json(workdir / "config.json", configs.to_dict(config))  # fails here, not after an hour, if it cannot
+        return None
+    changed = [
+        f"{name} ({old} there, {new} here)"
+        for name, old, new in configs.differences(previous, configs.to_dict(config))
+        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and config.optimizer.schedule == "constant")
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Choose another --workdir, or change "
+            f"only what may differ: {', '.join(name.rstrip('.') for name in MAY_CHANGE)} (and train.steps with a constant rate)"
+        )
+    return previous
+
+
+def validation(config: RunConfig) -> Source:
+    return load_source(config.data, "validation")
+
+
+def featurize(encoder: TextEncoder, table: CaptionTable | None, source: Source) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """batch -> what travels to the device: features from the table, or token ids of one fixed length."""
+    if table is not None:
+        return lambda batch: {"image": batch["image"], "text": table.lookup(batch["caption"])}
+    some = [caption for caption, _ in zip(source.captions(), range(20_000), strict=False)]
+    length = encoder.tokenize(some)["input_ids"].shape[1]
+    return lambda batch: {"image": batch["image"], **encoder.tokenize(batch["caption"], length=length)}
+
+
+def tokens_of(batch: dict[str, Any]) -> int:
+    return (batch["text"].mask if "text" in batch else batch["input_ids"]).shape[1]
+
+
+def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: TrainState) -> TrainState:
+    """The state with another run's EMA weights; lists what was taken, what is new here and what was left there."""
+    theirs = read_weights(origin)
+    ours = dict(flatten(state.params))
+    misfits = [
+        f"{name} {theirs[name].shape} there, {ours[name].shape} here"
+        for name in ours
+        if name in theirs and theirs[name].shape != ours[name].shape and not name.startswith(skip or ("\0",))
+    ]
+    if misfits:
+        raise UserError(
+            f"train.init_from={origin}: {'; '.join(misfits[:3])}{' …' if len(misfits) > 3 else ''}: "
+            "name what is to start fresh in train.init_skip"
+        )
+    taken = [n for n in ours if n in theirs and theirs[n].shape == ours[n].shape and not n.startswith(skip or ("\0",))]
+    if not taken:
+        raise UserError(f"train.init_from={origin} has no weight of this network")
+    new, left = sorted(ours.keys() - set(taken)), sorted(theirs.keys() - set(taken))
+    tell(f"from {origin}: took {len(taken)} tensors; new here: {', '.join(new) or 'none'}; left there: {', '.join(left) or 'none'}")
+    params = unflatten({name: theirs[name] if name in taken else ours[name] for name in ours})
+    params = jax.tree.map(lambda p, s: jax.device_put(np.asarray(p), s), params, where.params)
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(state.step, params, ema, state.opt_state, state.control)
+
+
+def evaluate(
+    config: RunConfig, state: TrainState, frozen: Any, encoder: TextEncoder, held_out: Source | None, ready: Any, mesh: Any
+) -> dict[str, float]:
+    """Scores of the EMA weights on `validation`."""
+    scores: dict[str, float] = {}
+    if held_out is not None:
+        size = config.train.batch_size
+        feed = batches(
+            held_out,
+            seed=0,
+            batch_size=size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        losses = []
+        score = jax.jit(lambda params, frozen, batch, key: loss_of(config, params, frozen, batch, key, encoder))
+        for k in range(max(config.eval.count // size, 1)):
+            local = ready(next(feed))
+            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local)
+            losses.append(score(state.ema_params, frozen, batch, stream(config.seed, k, SAMPLE)))
+        scores["eval/loss"] = float(np.mean(jax.device_get(losses)))
+    if config.data.name == "scenes":
+        from jaxgen.evaluate.accuracy import accuracy
+
+        scores |= accuracy(Model(config, state.ema_params, encoder, mesh), "validation", config.eval.count)
+    if config.eval.metric not in scores:
+        raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(scores)}")
+    return scores
+
+
+def loss_of(config: RunConfig, params: Any, frozen: Any, batch: Any, key: jax.Array, encoder: TextEncoder) -> jax.Array:
+    text = batch["text"] if "text" in batch else encoder.apply(frozen["text"], batch["input_ids"], batch["attention_mask"])
+    image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+    return sum(loss for loss, _ in config.family.losses(params, frozen, {"image": image, "text": text}, key).values())
+
+
+def keep_best(control: dict[str, Any], config: RunConfig, scores: dict[str, float]) -> None:
+    """Patience: a new best starts the count anew; when it runs out the run is stopped."""
+    value = config.eval.sign * scores[config.eval.metric]
+    if control["best"] is None or value > control["best"]:
+        control["best"], control["waited"] = value, 0
+    else:
+        control["waited"] += 1
+        control["stopped"] = 0 < config.eval.patience <= control["waited"]
+
+
+def draw(
+    config: RunConfig, state: TrainState, encoder: TextEncoder, mesh: Any, step: int, workdir: Path, log: Log
+) -> None:
+    """A captioned sheet of the configured prompts into samples/."""
+    model = Model(config, state.ema_params, encoder, mesh, step)
+    images = model.sample(config.sample.prompts, num_images=config.sample.num_images)
+    if jax.process_index() == 0:
+        captions = [prompt for prompt in config.sample.prompts for _ in range(config.sample.num_images)]
+        page = sheet(list(images), captions)
+        save_png(workdir / "samples" / f"step_{step:07d}.png", page, {"step": str(step)})
+        log.image(step, "samples", page)
+
+
+def catch_signals() -> Callable[[], bool]:
+    """From now on SIGTERM and SIGINT only set a mark; a second SIGINT interrupts at once."""
+    caught: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        if number == signal.SIGINT and caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        print("stopping: saving after this step", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return lambda: bool(caught)
+
+
+def agreed(wish: bool) -> bool:
+    """Whether any process wishes to stop, the same answer on all."""
+    if jax.process_count() == 1:
+        return wish
+    from jax.experimental import multihost_utils
+
+    return bool(np.max(multihost_utils.process_allgather(np.array(wish))))
+
+
+class Trace:
+    """A profiler trace of ten steps into workdir/profile."""
+
+    def __init__(self, workdir: Path, start: int):
+        self._directory, self._start, self._on = os.fspath(workdir / "profile"), start, False
+
+    def at(self, step: int, metrics: Any) -> None:
+        if step == self._start:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(self._directory)
+            self._on = True
+        elif step == self._start + 10:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+            tell(f"profile in {self._directory}")
+
+
