@@ -1,6 +1,6 @@
 """How exact and how fast the verifier is, on rendered scenes, scenes with one attribute flipped, and damaged pictures.
 
-    python benchmarks/verifier.py [--count=100000] [--damaged=10000] [--json=FILE]
+python benchmarks/verifier.py [--count=100000] [--damaged=10000] [--json=FILE]
 """
 
 import argparse

@@ -24,7 +24,7 @@ def register(name: str):
 
     def decorate(cls: type) -> type:
         _TYPES[name] = cls
-        cls._config_type = name
+        setattr(cls, "_config_type", name)  # noqa: B010
         return cls
 
     return decorate
@@ -166,7 +166,7 @@ def from_dict(cls: Any, values: dict[str, Any], where: str = "config") -> Any:
     if kind is not None:
         if kind not in _TYPES:
             raise UserError(f"{where}: unknown type {kind!r}; known: {', '.join(sorted(_TYPES))}")
-        cls = _TYPES[kind]
+        return from_dict(_TYPES[kind], values, where)
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for name in values:

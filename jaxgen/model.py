@@ -3,8 +3,7 @@
 An exported directory (and a shipped model) holds config.json, model.safetensors with the EMA weights, and README.md."""
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from typing import Any
@@ -65,48 +64,69 @@ class Model:
         A picture depends on (weights, prompt, settings, seed, its prompt's index, its own index) alone."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        defaults = self.config.sample
-        low, high = guidance_interval or defaults.guidance_interval
-        steps = defaults.num_steps if num_steps is None else num_steps
-        if steps < 1 or num_images < 1 or not prompts:
-            raise UserError("give at least one prompt, one image and one step")
+        if num_images < 1 or not prompts:
+            raise UserError("give at least one prompt and one image")
+        chosen = self.settings(seed, guidance_scale, num_steps, sampler, guidance_interval)
+        low, high = chosen["guidance_interval"]
         settings = SampleSettings(
             image=self.image,
-            sampler=sampler or defaults.sampler,
-            num_steps=jnp.int32(steps),
-            guidance_scale=jnp.float32(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+            sampler=chosen["sampler"],
+            num_steps=jnp.int32(chosen["num_steps"]),
+            guidance_scale=jnp.float32(chosen["guidance_scale"]),
             guidance_low=jnp.float32(low),
             guidance_high=jnp.float32(high),
         )
         unique = list(dict.fromkeys([*prompts, negative_prompt]))
-        tokens = self.encoder.tokenize(unique)
-        features = [
-            self.encoder(*(tokens[name][i : i + 64] for name in ("input_ids", "attention_mask")))
-            for i in range(0, len(unique), 64)
-        ]
-        text = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *features)
+        text = self._encode(unique)
         row = {prompt: i for i, prompt in enumerate(unique)}
         jobs = np.array([(row[p], i, k) for i, p in enumerate(prompts) for k in range(num_images)], np.int32)
         shares = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        out, start = [], 0
-        while start < len(jobs):
-            left = len(jobs) - start
-            size = shares * next((b for b in BUCKETS if b * shares >= left), max(BUCKETS[-1] // shares, 1))
-            batch = jobs[start : start + size]
-            padded = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
-            place = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        place = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+
+        def spread(a: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(a.shape, place, lambda index: a[index])
+
+        out = []
+        for some in _bucketed(jobs, shares):
+            null = np.full(len(some), row[negative_prompt])
             inputs = (
-                jax.tree.map(lambda a, rows=padded[:, 0]: a[rows], text),
-                jax.tree.map(lambda a, n=size: np.repeat(a[row[negative_prompt]][None], n, axis=0), text),
-                padded[:, 1],
-                padded[:, 2],
+                jax.tree.map(lambda a, rows=some[:, 0]: a[rows], text),
+                jax.tree.map(lambda a, rows=null: a[rows], text),
+                some[:, 1],
+                some[:, 2],
             )
-            inputs = jax.tree.map(
-                lambda a: jax.make_array_from_callback(a.shape, place, lambda index: a[index]), inputs  # noqa: B023
-            )
-            out.append(np.asarray(self._draw(self.params, *inputs, jnp.uint32(seed), settings))[: len(batch)])
-            start += size
-        return np.concatenate(out)
+            inputs = jax.tree.map(spread, inputs)
+            out.append(np.asarray(self._draw(self.params, *inputs, jnp.uint32(seed), settings)))
+        return np.concatenate(out)[: len(jobs)]
+
+    def settings(
+        self,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        num_steps: int | None = None,
+        sampler: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> dict[str, Any]:
+        """The settings a drawing is made with: those given, the configuration's for the rest."""
+        given = {
+            "guidance_scale": guidance_scale,
+            "num_steps": num_steps,
+            "sampler": sampler,
+            "guidance_interval": guidance_interval,
+        }
+        chosen: dict[str, Any] = {k: getattr(self.config.sample, k) if v is None else v for k, v in given.items()}
+        if chosen["num_steps"] < 1:
+            raise UserError(f"num_steps={chosen['num_steps']} must be at least 1")
+        return {"seed": seed, **chosen}
+
+    def _encode(self, prompts: Sequence[str]) -> Any:
+        """TextFeatures of numpy arrays, a row a prompt."""
+        tokens = self.encoder.tokenize(prompts)
+        parts = []
+        for rows in _bucketed(np.arange(len(prompts))):
+            features = self.encoder(tokens["input_ids"][rows], tokens["attention_mask"][rows])
+            parts.append(jax.tree.map(np.asarray, features))
+        return jax.tree.map(lambda *several: np.concatenate(several), *parts)
 
     @cached_property
     def _draw(self) -> Any:
@@ -120,6 +140,17 @@ class Model:
             return family.sample(params, {}, text, null_text, keys, settings)
 
         return jax.jit(draw, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+
+def _bucketed(rows: np.ndarray, shares: int = 1) -> Iterator[np.ndarray]:
+    """Rows in parts whose lengths are few numbers, each divisible by `shares`; the last part is filled up with its first."""
+    start = 0
+    while start < len(rows):
+        left = len(rows) - start
+        size = shares * next((b for b in BUCKETS if b * shares >= min(left, BUCKETS[-1])), BUCKETS[-1])
+        some = rows[start : start + size]
+        yield np.concatenate([some, np.repeat(some[:1], size - len(some), axis=0)])
+        start += size
 
 
 def load(name_or_path: str) -> Model:
@@ -166,7 +197,7 @@ def export(workdir: str, directory: str, *, dtype: str = "float16", note: str = 
     values = configs.to_dict(model.config)
     values["exported"] = {"format": FORMAT, "step": model.step, "text_fingerprint": model.encoder.fingerprint}
     write_bytes(target / "model.safetensors", save(flat))
-    write_text(target / "README.md", _card(model, flat, dtype, note))
+    write_text(target / "README.md", _card(model, flat, dtype, directory, note))
     write_json(target / "config.json", values)  # last: without it the directory is no model
 
 
@@ -184,7 +215,7 @@ def _read_checkpoint(directory: Path, abstract: Params) -> tuple[Params, dict[st
     if not (directory / "checkpoints").is_dir():
         raise UserError(f"{directory} has no checkpoint yet")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = Checkpoints(directory, keep=2**30).restore_ema(
+    found = Checkpoints(directory, keep=None).restore_ema(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract)
     )
     if found is None:
@@ -213,11 +244,13 @@ def _read_weights(file: Path, abstract: Params) -> Params:
     return unflatten({name: leaf.astype(np.float32) for name, leaf in flat.items()})
 
 
-def _card(model: Model, flat: dict[str, np.ndarray], dtype: str, note: str) -> str:
+def _card(model: Model, flat: dict[str, np.ndarray], dtype: str, name: str, note: str) -> str:
     count = sum(leaf.size for leaf in flat.values())
     config = json.dumps(configs.to_dict(model.config), indent=2)
     return (
-        f"# A jaxgen model\n\n{note}\n\n{count / 1e6:.2f} million parameters in {dtype}, EMA weights of step {model.step}.\n\n"
-        f'```python\nimport jaxgen\n\nmodel = jaxgen.load("{os.path.basename(str(model.config.data.name))}")\n```\n\n'
+        f"# A jaxgen model\n\n{note}\n\n"
+        f"{count / 1e6:.2f} million parameters in {dtype}, EMA weights of step {model.step}.\n\n"
+        f'```python\nimport jaxgen\n\nmodel = jaxgen.load("{name}")\n'
+        f'images = model.sample(["a caption"], num_images=4)\n```\n\n'
         f"Text encoder: {model.config.text.source}. Trained with:\n\n```json\n{config}\n```\n"
     )

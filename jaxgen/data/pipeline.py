@@ -102,7 +102,8 @@ def batches(
         step, place = divmod(int(k), share)
         position = (start_step + step) * batch_size + process_index * share + place
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
-        image, captions = source[int(order[position])]
+        index: Any = order[position]
+        image, captions = source[int(index)]
         caption = captions[int(rng.integers(len(captions)))]
         dropped = rng.random() < caption_dropout
         top, left = (rng.random(2) * (source.stored - source.size + 1)).astype(int)

@@ -1,6 +1,7 @@
 """The data sets by name: one line each."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxgen.data.config import DataConfig
 from jaxgen.data.emoji import Emoji
@@ -12,7 +13,7 @@ from jaxgen.data.tfds_sets import TfdsSet
 from jaxgen.errors import UserError
 from jaxgen.storage import Path, as_path
 
-RECIPES: dict[str, Callable[[DataConfig, str], Recipe]] = {
+RECIPES: dict[str, Callable[[DataConfig, str], Any]] = {
     "scenes": lambda c, _: Scenes(c.image_size, c.train_examples, c.paraphrases),
     "emoji": lambda c, _: Emoji(_directory(c)),
     "flickr8k": lambda c, _: Flickr8k(_directory(c)),

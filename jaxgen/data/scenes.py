@@ -81,12 +81,12 @@ class Scene:
 
 def extent(shape: str, radius: float) -> tuple[float, float, float, float]:
     """How far a shape reaches left, right, up and down of its centre."""
-    factors = {
+    left, right, up, down = {
         "square": (0.86, 0.86, 0.86, 0.86),
         "triangle": (0.95, 0.95, 1.0, 0.8),
         "diamond": (1.1, 1.1, 1.1, 1.1),
     }.get(shape, (1.0, 1.0, 1.0, 1.0))
-    return tuple(factor * radius for factor in factors)
+    return left * radius, right * radius, up * radius, down * radius
 
 
 def inside(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
@@ -151,7 +151,8 @@ def _choose(rng: np.random.Generator, kind: str, split: str) -> list[tuple[str, 
     """The descriptions (size, colour, shape) of a scene's objects."""
 
     def one(pairs: Sequence[tuple[str, str]]) -> tuple[str, str, str]:
-        return (tuple(SIZES)[rng.integers(2)], *pairs[rng.integers(len(pairs))])
+        size = tuple(SIZES)[rng.integers(2)]
+        return (size, *pairs[int(rng.integers(len(pairs)))])
 
     first = one(sorted(UNSEEN_PAIRS) if split == "test_unseen_pairs" else SEEN_PAIRS)
     if kind == "single":
@@ -239,7 +240,7 @@ def _words(scene: Scene) -> list[str]:
     if scene.kind == "count":
         return [NUMBERS[len(scene.objects)], first.size, first.colour, PLURALS[first.shape]]
     words = list(first.description)
-    if scene.kind == "relation":
+    if scene.relation is not None:
         words += [PHRASES[scene.relation], *scene.objects[1].description]
     return words
 

@@ -80,7 +80,7 @@ class TfdsSet:
         import tensorflow_datasets as tfds
 
         try:
-            return tfds.builder(self.name, **({"data_dir": self.data_dir} if self.data_dir else {}))
+            return tfds.builder(self.name, data_dir=self.data_dir)
         except tfds.core.DatasetNotFoundError:
             raise UserError(f"data.name=tfds:{self.name}: TFDS knows no such set; see its catalogue") from None
         except ImportError as error:

@@ -1,5 +1,6 @@
 """How often a model draws exactly what a caption asks for."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ ATTRIBUTES = ("exact", "count", "colour", "shape", "size", "relation")
 class Draws(Protocol):
     """What is judged: a jaxgen.Model, or anything that draws as one does."""
 
-    def sample(self, prompts: list[str], *, seed: int = 0, **settings: Any) -> np.ndarray: ...
+    sample: Callable[..., np.ndarray]
 
 
 def accuracy(model: Draws, split: str = "validation", count: int = 1000, seed: int = 0, **settings: Any) -> dict[str, float]:

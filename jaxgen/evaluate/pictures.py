@@ -54,4 +54,4 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The text chunks of a PNG."""
     with Image.open(io.BytesIO(path.read_bytes())) as image:
         image.load()
-        return {name: str(value) for name, value in image.text.items()}  # type: ignore[attr-defined]
+        return {name: str(value) for name, value in getattr(image, "text", {}).items()}

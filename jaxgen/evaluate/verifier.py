@@ -213,11 +213,10 @@ def _colour_error(flat: np.ndarray, cover: np.ndarray, contrast: np.ndarray) -> 
 def _judge(found: list[Found], scene: Scene, size: int) -> tuple[bool, ...]:
     """(count, colour, shape, size, relation, exact) of one picture."""
     wanted = [o.description for o in scene.objects]
-    same = [
-        sorted(str(f.description[k]) for f in found) == sorted(w[k] for w in wanted) for k in range(3)
-    ]  # size, colour, shape
+    # As sets, so that a wrong number of objects says nothing of their colours; of two it is the same, and more are alike.
+    size_holds, colour_holds, shape_holds = ({f.description[k] for f in found} == {w[k] for w in wanted} for k in range(3))
     relation = True
-    if scene.kind == "relation":
+    if scene.relation is not None:
         # Of the two ways to pair the objects found with those wanted, the one that agrees better.
         orders = [(found[0], found[1]), (found[1], found[0])] if len(found) == 2 else []
         agreement = [
@@ -229,4 +228,4 @@ def _judge(found: list[Found], scene: Scene, size: int) -> tuple[bool, ...]:
             a, b = orders[int(np.argmax(agreement))]
             relation = holds(scene.relation, (a.x, a.y), (b.x, b.y), size, RELATION_SLACK)
     whole = sorted(map(str, (f.description for f in found))) == sorted(map(str, wanted))
-    return len(found) == len(wanted), same[1], same[2], same[0], relation, whole and relation
+    return len(found) == len(wanted), colour_holds, shape_holds, size_holds, relation, whole and relation

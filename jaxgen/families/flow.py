@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxgen.config import register
 from jaxgen.errors import UserError
@@ -121,7 +120,7 @@ class Flow:
         self, params: Params, x: jax.Array, t: jax.Array, text: TextFeatures, key: jax.Array | None = None
     ) -> jax.Array:
         """The clean picture, float32 [B, H, W, C], computed in the parameters' dtype."""
-        shapes = Shapes(x.shape[1:], text.hidden.shape[-1], text.pooled.shape[-1])
+        shapes = Shapes((x.shape[1], x.shape[2], x.shape[3]), text.hidden.shape[-1], text.pooled.shape[-1])
         dtype = jax.tree.leaves(params["generator"])[0].dtype
         network: Any = bind(self._build(shapes), params["generator"])
         return network(x.astype(dtype), t, text, key).astype(jnp.float32)

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
-from jaxgen.nn.attention import Attention, rotary_2d
 from jaxgen.families.conditioning import Conditioning
+from jaxgen.nn.attention import Attention, rotary_2d
 from jaxgen.nn.layers import MLP, Linear, RMSNorm, dropout, modulate, patchify, unpatchify
 from jaxgen.text.features import TextFeatures
 

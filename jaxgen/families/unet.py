@@ -12,8 +12,8 @@ from flax import nnx
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
-from jaxgen.nn.attention import Attention, rotary_2d
 from jaxgen.families.conditioning import Conditioning
+from jaxgen.nn.attention import Attention, rotary_2d
 from jaxgen.nn.layers import Conv, Linear, RMSNorm, dropout, modulate, patchify, unpatchify
 from jaxgen.text.features import TextFeatures
 
@@ -127,9 +127,7 @@ class _Block(nnx.Module):
         else:
             self.attention = None
 
-    def __call__(
-        self, x: jax.Array, vector: jax.Array, tokens: jax.Array, mask: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, vector: jax.Array, tokens: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
         scale, shift = jnp.split(self.modulation(vector), 2, axis=-1)
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         h = dropout(jax.nn.silu(modulate(self.norm2(h), scale, shift)), self.dropout, key)

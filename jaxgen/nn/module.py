@@ -14,9 +14,7 @@ Params = dict[str, Any]
 Build = Callable[[nnx.Rngs], nnx.Module]
 
 
-def param(
-    init: Callable[..., jax.Array], rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
-) -> nnx.Param:
+def param(init: Callable[..., jax.Array], rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     """A float32 parameter whose dimensions carry logical axis names (parallel/mesh.py says what they map to)."""
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {shape} needs {len(shape)} axis names, got {axes}")
@@ -40,8 +38,8 @@ def bind(build: Build, params: Params) -> Any:
 
     Raises KeyError where `params` lacks one of the module's parameters."""
     graphdef, state = _abstract(build)
-    values = {path: variable.replace(lookup(params, map(str, path))) for path, variable in state.flat_state()}
-    return nnx.merge(graphdef, nnx.State.from_flat_path(values))
+    values = [(path, variable.replace(lookup(params, map(str, path)))) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 def nested(flat: Any) -> Params:
@@ -78,7 +76,7 @@ def lookup(tree: Params, path: Any) -> Any:
 
 
 def _flat(state: nnx.State) -> Iterator[tuple[tuple[str, ...], Any]]:
-    return ((tuple(map(str, path)), variable) for path, variable in state.flat_state())
+    return ((tuple(map(str, path)), variable) for path, variable in nnx.to_flat_state(state))
 
 
 def _abstract(build: Build) -> tuple[Any, Any]:

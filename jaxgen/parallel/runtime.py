@@ -22,6 +22,9 @@ def start(allow_cpu: bool = False) -> None:
     cpu_only = os.environ.get("JAX_PLATFORMS", "") == "cpu"
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAXGEN_CPU_DEVICES", 0)) or cores())
+    # XLA's pool has a thread a core; devices that meet in a collective each hold one while others still compute, and
+    # with none to spare they wait for ever.
+    os.environ.setdefault("NPROC", str(2 * cores()))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/jaxgen/xla").expanduser()))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

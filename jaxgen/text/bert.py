@@ -139,4 +139,3 @@ def tensors(c: BertConfig) -> dict[str, tuple[str, bool]]:
 # In some files and used by nothing here: buffers, the pooler (trained for next-sentence prediction), pretraining heads.
 IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.", "cls.")
 PREFIXES = ("bert.",)
-

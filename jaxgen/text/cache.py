@@ -27,7 +27,7 @@ class CaptionTable:
         """float32 features of captions of the table, T the same for every call. KeyError for an unknown caption."""
         rows = np.array([self.index[caption] for caption in captions])
         mask = np.arange(self.hidden.shape[1]) < self.lengths[rows, None]
-        return TextFeatures(self.hidden[rows].astype(np.float32), self.pooled[rows].astype(np.float32), mask)
+        return TextFeatures(self.hidden[rows].astype(np.float32), self.pooled[rows].astype(np.float32), mask)  # ty: ignore[invalid-argument-type]
 
 
 def encode_captions(encoder: TextEncoder, captions: Iterable[str], path: Path | None = None) -> CaptionTable:
@@ -82,7 +82,11 @@ def _read(path: Path, key: str, captions: Sequence[str]) -> CaptionTable | None:
     try:
         if json.loads((path / "key.json").read_text())["key"] != key:
             return None
-        with (path / "hidden.npy").open("rb") as a, (path / "pooled.npy").open("rb") as b, (path / "lengths.npy").open("rb") as c:
+        with (
+            (path / "hidden.npy").open("rb") as a,
+            (path / "pooled.npy").open("rb") as b,
+            (path / "lengths.npy").open("rb") as c,
+        ):
             return CaptionTable(captions, np.load(a), np.load(b), np.load(c))
     except (OSError, ValueError, KeyError):
         return None

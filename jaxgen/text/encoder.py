@@ -128,12 +128,12 @@ def load_text_encoder(
     )
 
 
-def check_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> list[str]:
+def check_prompts(encoder: TextEncoder, prompts: Sequence[str], negative_prompt: str = "") -> list[str]:
     """Warnings, a line each, for prompts that will be cut; raises UserError for those that cannot be understood."""
     warnings = []
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UserError("an empty prompt: say what to draw")
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("an empty prompt: say what to draw")
+    for prompt in [*prompts, negative_prompt]:
         unknown = encoder.tokenizer.unknown_fraction(prompt)
         if unknown > UNKNOWN_LIMIT:
             raise UserError(
@@ -154,7 +154,7 @@ def _layer_indices(layers: Layers, depth: int) -> tuple[int, ...]:
     return tuple(i % (depth + 1) for i in wanted)
 
 
-def _pooling(directory: Path) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _pooling(directory: Path) -> Any:
     """The pooling that sentence-transformers' files in the directory define; without them, the first token (CLS)."""
 
     def first(hidden: jax.Array, mask: jax.Array) -> jax.Array:

@@ -26,12 +26,8 @@ class Tokenizer:
         # Files may carry the truncation and padding of their last use.
         self._fast.no_truncation()
         self._fast.no_padding()
-        self._unknown = next(
-            (i for t in ("[UNK]", "<unk>") if (i := self._fast.token_to_id(t)) is not None), None
-        )
-        self.padding = next(
-            (i for t in ("[PAD]", "<pad>") if (i := self._fast.token_to_id(t)) is not None), 0
-        )
+        self._unknown = next((i for t in ("[UNK]", "<unk>") if (i := self._fast.token_to_id(t)) is not None), None)
+        self.padding = next((i for t in ("[PAD]", "<pad>") if (i := self._fast.token_to_id(t)) is not None), 0)
 
     def encode(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids of each caption, its special tokens included, truncated to max_length (the last token is kept)."""
@@ -63,6 +59,7 @@ def _from_transformers(directory: Path) -> Any:
     except ImportError:
         raise UserError(f'{directory} has no tokenizer.json: `pip install "jaxgen[train]"` for its older format') from None
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True).backend_tokenizer
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return tokenizer.backend_tokenizer
     except Exception as error:
         raise UserError(f"{directory}: its tokenizer does not load ({error})") from None

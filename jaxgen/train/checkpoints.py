@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,25 +19,21 @@ FORMAT = 1
 class Checkpoints:
     """The checkpoints of a workdir: separate items params, ema, optimizer and meta, one directory a step."""
 
-    def __init__(self, workdir: Path, keep: int = 3, metric: str | None = None):
-        """`metric`: the name in a checkpoint's metrics by which the best one is kept besides the last `keep`."""
+    def __init__(self, workdir: Path, keep: int | None = 3, score: Callable[[dict[str, float]], float] | None = None):
+        """Keeps the last `keep` (None: only reads) and the one whose metrics have the highest `score`."""
         self.directory = workdir / "checkpoints"
         self._failed = False
-        policy = [ocp.checkpoint_managers.LatestN(keep)]
-        if metric is not None:
-            policy.append(
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric], reverse=False, n=1, keep_checkpoints_without_metrics=False
-                )
-            )
-        self._manager = ocp.CheckpointManager(
-            str(self.directory),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policy),
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if keep is not None:
+            policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
+            if score is not None:
+                policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
-                create=True,
-            ),
-        )
+            )
+        self._reads_only = keep is None
+        self._manager = ocp.CheckpointManager(str(self.directory), options=options)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -124,11 +121,13 @@ class Checkpoints:
             if step != steps[-1]:
                 print(f"warning: going back to checkpoint {step}", file=sys.stderr)
                 # What is newer is broken; Orbax would refuse to write its steps again.
-                for broken in steps[steps.index(step) + 1 :]:
+                for broken in [] if self._reads_only else steps[steps.index(step) + 1 :]:
                     self._manager.delete(broken)
             return value
         if steps:
-            raise UserError(f"{self.directory}: none of the checkpoints {steps} can be read ({reason}); choose another --workdir")
+            raise UserError(
+                f"{self.directory}: none of the checkpoints {steps} can be read ({reason}); choose another --workdir"
+            )
         return None
 
     def _tell(self, error: BaseException) -> None:

@@ -78,10 +78,9 @@ class EvalConfig:
     metric: str = "eval/loss"
     patience: int = 0
 
-    @property
-    def sign(self) -> int:
-        """1 where more is better, -1 where less is."""
-        return -1 if self.metric.endswith("loss") else 1
+    def score(self, metrics: dict[str, float]) -> float:
+        """The metric so that more is better."""
+        return -metrics[self.metric] if self.metric.endswith("loss") else metrics[self.metric]
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class WandB:
         if not ({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()):
             return
         try:
-            import wandb
+            import wandb  # ty: ignore[import-not-found]
 
             self._run = wandb.init(project="jaxgen", name=workdir.name, id=workdir.name, resume="allow", config=config)
         except Exception as error:

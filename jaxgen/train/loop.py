@@ -14,9 +14,8 @@ import numpy as np
 from jaxgen import config as configs
 from jaxgen.data.pipeline import Source, batches, load_source, to_device
 from jaxgen.errors import UserError
-from jaxgen.evaluate.pictures import save_png, sheet
 from jaxgen.families.base import Shapes
-from jaxgen.model import Model, read_weights
+from jaxgen.model import read_weights
 from jaxgen.nn.module import flatten, unflatten
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype
@@ -25,9 +24,10 @@ from jaxgen.text import TextEncoder, load_text_encoder
 from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.config import RunConfig
+from jaxgen.train.evaluation import draw, evaluate, keep_best
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
 from jaxgen.train.optimizers import make_optimizer
-from jaxgen.train.state import SAMPLE, TrainState, create, shardings, stream
+from jaxgen.train.state import TrainState, create, shardings
 from jaxgen.train.step import make_step
 
 # What may differ between the command that began a run and the one that goes on: none of it changes a step's numbers.
@@ -60,7 +60,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     encoder = load_text_encoder(config.text.source, max_length=config.text.max_length, mesh=mesh)
     source = load_source(config.data)
     in_step = config.text.in_step if config.text.in_step is not None else jax.default_backend() != "cpu"
-    held_out = validation(config) if config.eval.every else None
+    held_out = load_source(config.data, "validation") if config.eval.every else None
     table = None
     if not in_step:
         captions = [caption for split in (source, held_out) if split is not None for caption in split.captions()]
@@ -76,7 +76,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     abstract = jax.eval_shape(make)
     where = shardings(abstract, family.logical_axes(shapes), mesh)
     abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, config.eval.metric if config.eval.every else None)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, config.eval.score if config.eval.every else None)
     restored = checkpoints.restore(abstract)
     control: dict[str, Any] = {"best": None, "waited": 0, "stopped": False, "seconds": 0.0}
     if restored is not None:
@@ -88,9 +88,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         state = jax.jit(make, out_shardings=where)()
         if config.train.init_from is not None:
             state = take_weights(state, config.train.init_from, config.train.init_skip, where)
-    if previous is None or configs.to_dict(config) != previous:
-        if jax.process_index() == 0:
-            write_json(workdir / "config.json", configs.to_dict(config))
+    if (previous is None or configs.to_dict(config) != previous) and jax.process_index() == 0:
+        write_json(workdir / "config.json", configs.to_dict(config))
     step = first = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tell(f"{count / 1e6:.2f} million parameters, {len(source)} pictures, from step {step} to {config.train.steps}")
@@ -122,11 +121,9 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         encode=encoder.apply if in_step else None,
     )
     compiling = time.monotonic()
-    compiled = (
-        jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated(mesh))).lower(state, frozen, batch).compile()
-    )
+    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated(mesh))).lower(state, frozen, batch).compile()
     compile_s = time.monotonic() - compiling
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     tell(f"compiled in {compile_s:.1f} s; {used / 2**30:.2f} GiB a device")
 
@@ -136,13 +133,13 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     flops = 3.0 * family.flops(shapes, tokens_of(batch)) * config.train.batch_size
     interrupted = catch_signals()
     trace = Trace(workdir, first + 10) if profile else None
-    before = config_seconds = control["seconds"]
+    before = control["seconds"]
     started = since = time.monotonic()
     since_step = step
     metrics: dict[str, jax.Array] = {}
 
     def save(metrics: dict[str, float] | None = None) -> None:
-        control["seconds"] = config_seconds + time.monotonic() - started
+        control["seconds"] = before + time.monotonic() - started
         log.flush()
         meta = {"control": control, "text_fingerprint": encoder.fingerprint, "config": configs.to_dict(config)}
         checkpoints.save(state, meta, metrics)
@@ -239,10 +236,6 @@ def claim(workdir: Path, config: RunConfig) -> dict[str, Any] | None:
     return previous
 
 
-def validation(config: RunConfig) -> Source:
-    return load_source(config.data, "validation")
-
-
 def featurize(encoder: TextEncoder, table: CaptionTable | None, source: Source) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """batch -> what travels to the device: features from the table, or token ids of one fixed length."""
     if table is not None:
@@ -256,7 +249,7 @@ def tokens_of(batch: dict[str, Any]) -> int:
     return (batch["text"].mask if "text" in batch else batch["input_ids"]).shape[1]
 
 
-def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: TrainState) -> TrainState:
+def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: Any) -> TrainState:
     """The state with another run's EMA weights; lists what was taken, what is new here and what was left there."""
     theirs = read_weights(origin)
     ours = dict(flatten(state.params))
@@ -274,70 +267,13 @@ def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: T
     if not taken:
         raise UserError(f"train.init_from={origin} has no weight of this network")
     new, left = sorted(ours.keys() - set(taken)), sorted(theirs.keys() - set(taken))
-    tell(f"from {origin}: took {len(taken)} tensors; new here: {', '.join(new) or 'none'}; left there: {', '.join(left) or 'none'}")
+    tell(f"from {origin}: took {len(taken)} tensors")
+    tell(f"  new here: {', '.join(new) or 'none'}")
+    tell(f"  left there: {', '.join(left) or 'none'}")
     params = unflatten({name: theirs[name] if name in taken else ours[name] for name in ours})
     params = jax.tree.map(lambda p, s: jax.device_put(np.asarray(p), s), params, where.params)
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(state.step, params, ema, state.opt_state, state.control)
-
-
-def evaluate(
-    config: RunConfig, state: TrainState, frozen: Any, encoder: TextEncoder, held_out: Source | None, ready: Any, mesh: Any
-) -> dict[str, float]:
-    """Scores of the EMA weights on `validation`."""
-    scores: dict[str, float] = {}
-    if held_out is not None:
-        size = config.train.batch_size
-        feed = batches(
-            held_out,
-            seed=0,
-            batch_size=size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        losses = []
-        score = jax.jit(lambda params, frozen, batch, key: loss_of(config, params, frozen, batch, key, encoder))
-        for k in range(max(config.eval.count // size, 1)):
-            local = ready(next(feed))
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local)
-            losses.append(score(state.ema_params, frozen, batch, stream(config.seed, k, SAMPLE)))
-        scores["eval/loss"] = float(np.mean(jax.device_get(losses)))
-    if config.data.name == "scenes":
-        from jaxgen.evaluate.accuracy import accuracy
-
-        scores |= accuracy(Model(config, state.ema_params, encoder, mesh), "validation", config.eval.count)
-    if config.eval.metric not in scores:
-        raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(scores)}")
-    return scores
-
-
-def loss_of(config: RunConfig, params: Any, frozen: Any, batch: Any, key: jax.Array, encoder: TextEncoder) -> jax.Array:
-    text = batch["text"] if "text" in batch else encoder.apply(frozen["text"], batch["input_ids"], batch["attention_mask"])
-    image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    return sum(loss for loss, _ in config.family.losses(params, frozen, {"image": image, "text": text}, key).values())
-
-
-def keep_best(control: dict[str, Any], config: RunConfig, scores: dict[str, float]) -> None:
-    """Patience: a new best starts the count anew; when it runs out the run is stopped."""
-    value = config.eval.sign * scores[config.eval.metric]
-    if control["best"] is None or value > control["best"]:
-        control["best"], control["waited"] = value, 0
-    else:
-        control["waited"] += 1
-        control["stopped"] = 0 < config.eval.patience <= control["waited"]
-
-
-def draw(
-    config: RunConfig, state: TrainState, encoder: TextEncoder, mesh: Any, step: int, workdir: Path, log: Log
-) -> None:
-    """A captioned sheet of the configured prompts into samples/."""
-    model = Model(config, state.ema_params, encoder, mesh, step)
-    images = model.sample(config.sample.prompts, num_images=config.sample.num_images)
-    if jax.process_index() == 0:
-        captions = [prompt for prompt in config.sample.prompts for _ in range(config.sample.num_images)]
-        page = sheet(list(images), captions)
-        save_png(workdir / "samples" / f"step_{step:07d}.png", page, {"step": str(step)})
-        log.image(step, "samples", page)
 
 
 def catch_signals() -> Callable[[], bool]:
@@ -384,5 +320,3 @@ class Trace:
             jax.profiler.stop_trace()
             self._on = False
             tell(f"profile in {self._directory}")
-
-

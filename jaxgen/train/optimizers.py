@@ -33,9 +33,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     rate = learning_rate(config, steps)
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     if config.name == "adamw":
-        core = optax.adamw(
-            rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
-        )
+        core = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
     else:
         # consistent_rms gives Muon's updates AdamW's size, so that one learning rate serves both (arXiv 2502.16982).
         core = optax.contrib.muon(
@@ -46,7 +44,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             weight_decay_mask=decays,
             consistent_rms=0.2,
-            muon_weight_dimension_numbers=_muon_dimensions,
+            muon_weight_dimension_numbers=_muon_dimensions,  # ty: ignore[invalid-argument-type]
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm > 0 else core
 

@@ -38,9 +38,7 @@ def stream(seed: int | jax.Array, step: int | jax.Array, purpose: int) -> jax.Ar
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def create(
-    family: Family, shapes: Shapes, optimizers: dict[str, optax.GradientTransformation] | Any, seed: int
-) -> TrainState:
+def create(family: Family, shapes: Shapes, optimizers: dict[str, optax.GradientTransformation] | Any, seed: int) -> TrainState:
     """A fresh state; pure, to be jitted with `shardings` as its output's. `optimizers(params)` makes one a group."""
     params = family.init(stream(seed, 0, INIT), shapes)
     return TrainState(
@@ -52,7 +50,7 @@ def create(
     )
 
 
-def shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
+def shardings(state: TrainState, axes: Params, mesh: Mesh) -> Any:
     """The state's tree with a NamedSharding in each array's place; `state` may be abstract.
 
     An optimizer's arrays that mirror a parameter (same trailing path, same shape) lie as that parameter lies."""
@@ -71,7 +69,7 @@ def shardings(state: TrainState, axes: Params, mesh: Mesh) -> TrainState:
         return replicated(mesh)
 
     return TrainState(
-        step=replicated(mesh),
+        step=replicated(mesh),  # ty: ignore[invalid-argument-type]
         params=params,
         ema_params=params,
         opt_state=jax.tree_util.tree_map_with_path(mirrored, state.opt_state),

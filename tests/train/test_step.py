@@ -33,7 +33,7 @@ def make_batch(size=16, seed=0):
 def start(family, optimizer=None, **settings):
     optimizer = optimizer or optax.sgd(0.1)
     groups = jax.eval_shape(lambda: family.init(jax.random.key(0), SHAPES))
-    optimizers = {group: optimizer for group in groups}
+    optimizers = dict.fromkeys(groups, optimizer)
     state = create(family, SHAPES, optimizers, seed=0)
     return state, jax.jit(make_step(family, optimizers, seed=0, **settings))
 
@@ -73,7 +73,10 @@ def test_a_later_group_sees_the_one_before_it_updated():
 class Deterministic(Toy):
     def losses(self, params, frozen, batch, key):
         return super().losses(params, frozen, batch, jax.random.key(0)) | {
-            "first": (jnp.mean((batch["text"].pooled @ params["first"]["w"] - batch["image"].mean((1, 2, 3))[:, None]) ** 2), {})
+            "first": (
+                jnp.mean((batch["text"].pooled @ params["first"]["w"] - batch["image"].mean((1, 2, 3))[:, None]) ** 2),
+                {},
+            )
         }
 
 
@@ -129,9 +132,7 @@ def run(family, mesh_config, name="adamw", steps=10, **settings):
     make = lambda: create(family, SHAPES, optimizers, seed=0)  # noqa: E731
     where = shardings(jax.eval_shape(make), family.logical_axes(SHAPES), mesh)
     state = jax.jit(make, out_shardings=where)()
-    step = jax.jit(
-        make_step(family, optimizers, seed=0, **settings), donate_argnums=0, out_shardings=(where, replicated(mesh))
-    )
+    step = jax.jit(make_step(family, optimizers, seed=0, **settings), donate_argnums=0, out_shardings=(where, replicated(mesh)))
     losses = []
     for i in range(steps):
         batch = jax.device_put(make_batch(seed=i), batch_sharding(mesh))
