@@ -159,10 +159,10 @@ def test_parameters_and_their_moments_are_split_over_the_mesh():
     moments = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-        if "'up'" in str(path) and "'blocks'" in str(path) and "'kernel'" in str(path)
+        if "'mlp'" in str(path) and "'up'" in str(path) and "'blocks'" in str(path) and "'kernel'" in str(path)
     ]
-    assert len(moments) == 4  # two blocks, two moments
-    assert all(m.sharding.shard_shape(m.shape) == (16, 64) for m in moments)
+    assert len(moments) == 6  # two blocks and the text's, two moments each
+    assert all(m.sharding.shard_shape(m.shape) == (m.shape[0] // 2, m.shape[1] // 2) for m in moments)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
