@@ -1,6 +1,7 @@
 """Checkpoints with Orbax: written beside the training, whole or not at all, the last few and the best kept."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ class Checkpoints:
         """Keeps the last `keep` (None: only reads) and the one whose metrics have the highest `score`."""
         self.directory = workdir / "checkpoints"
         self._failed = False
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what was asked for
         options = ocp.CheckpointManagerOptions(read_only=True)
         if keep is not None:
             policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]

@@ -19,7 +19,7 @@ from jaxgen.model import read_weights
 from jaxgen.nn.module import flatten, unflatten
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype
-from jaxgen.storage import Path, as_path, write_json
+from jaxgen.storage import Path, as_path, explain, is_remote, write_json
 from jaxgen.text import TextEncoder, load_text_encoder
 from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
@@ -54,7 +54,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     family = config.family
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
-    previous = claim(workdir, config)
+    claim(workdir, config)
 
     # Input
     encoder = load_text_encoder(config.text.source, max_length=config.text.max_length, mesh=mesh)
@@ -88,7 +88,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         state = jax.jit(make, out_shardings=where)()
         if config.train.init_from is not None:
             state = take_weights(state, config.train.init_from, config.train.init_skip, where)
-    if (previous is None or configs.to_dict(config) != previous) and jax.process_index() == 0:
+    if jax.process_index() == 0:
         write_json(workdir / "config.json", configs.to_dict(config))
     step = first = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -217,12 +217,17 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
-def claim(workdir: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The configuration that began this workdir, None for a new one; raises UserError where it is another run's."""
+def claim(workdir: Path, config: RunConfig) -> None:
+    """Makes the directory; raises UserError where it cannot be written or holds another run's checkpoints."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(error, workdir) from error
+    if not is_remote(workdir) and not os.access(workdir, os.W_OK):
+        raise UserError(f"no permission to write {workdir}: choose a directory of your own")
     previous = read_config(workdir)
-    if previous is None:
-        write_json(workdir / "config.json", configs.to_dict(config))  # fails here, not after an hour, if it cannot
-        return None
+    if previous is None or not Checkpoints(workdir, keep=None).steps():
+        return  # new, or it came to nothing
     changed = [
         f"{name} ({old} there, {new} here)"
         for name, old, new in configs.differences(previous, configs.to_dict(config))
@@ -233,7 +238,6 @@ def claim(workdir: Path, config: RunConfig) -> dict[str, Any] | None:
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Choose another --workdir, or change "
             f"only what may differ: {', '.join(name.rstrip('.') for name in MAY_CHANGE)} (and train.steps with a constant rate)"
         )
-    return previous
 
 
 def featurize(encoder: TextEncoder, table: CaptionTable | None, source: Source) -> Callable[[dict[str, Any]], dict[str, Any]]:

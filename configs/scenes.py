@@ -1,0 +1,34 @@
+"""Scenes for an hour or two on a CPU, minutes on a GPU: more width, more captions, more pictures than the quickstart.
+
+    uv run train.py --config=configs/scenes.py
+
+Not trained to its end yet: no time and no score to state.
+"""
+
+from jaxgen.data.config import DataConfig
+from jaxgen.families.flow import Flow
+from jaxgen.families.unet import UNet
+from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        family=Flow(network=UNet(widths=(64, 128), down=(2, 2), up=(3, 2)), time_mean=0.4, sample_shift=3.0),
+        data=DataConfig(name="scenes", train_examples=100_000, paraphrases=2),
+        train=TrainConfig(steps=12_000, batch_size=64, ema_decay=0.9995, checkpoint_every=500),
+        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
+        sample=SampleConfig(
+            prompts=(
+                "a large red circle above a small blue square",
+                "a small green triangle to the left of a large yellow ring",
+                "three small orange diamonds",
+                "a large purple cross",
+            ),
+            num_images=4,
+            num_steps=25,
+            guidance_scale=2.0,
+            sampler="euler",
+            every=1000,
+        ),
+        eval=EvalConfig(every=2000, count=256, metric="eval/exact"),
+    )
