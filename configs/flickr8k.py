@@ -15,7 +15,7 @@ from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleCo
 def get_config() -> RunConfig:
     return RunConfig(
         family=Flow(
-            network=UNet(widths=(64, 128, 256), down=(1, 2, 2), up=(2, 2, 2), attention=(False, False, True), dropout=0.1),
+            network=UNet(widths=(64, 128, 256), down=(1, 2, 2), up=(2, 2, 2), attention=("none", "text", "joint"), dropout=0.1),
             time_mean=0.4,
             sample_shift=3.0,
         ),

@@ -13,9 +13,9 @@ from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleCo
 
 def get_config() -> RunConfig:
     return RunConfig(
-        family=Flow(network=UNet(widths=(64, 128), down=(2, 2), up=(3, 2)), time_mean=0.4, sample_shift=3.0),
-        data=DataConfig(name="scenes", train_examples=100_000, paraphrases=2),
-        train=TrainConfig(steps=12_000, batch_size=64, ema_decay=0.9995, checkpoint_every=500),
+        family=Flow(network=UNet(widths=(64, 128), down=(1, 2), up=(2, 2)), time_mean=0.4, sample_shift=3.0),
+        data=DataConfig(name="scenes", train_examples=60_000, paraphrases=1),
+        train=TrainConfig(steps=11_000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(
             prompts=(
@@ -28,7 +28,7 @@ def get_config() -> RunConfig:
             num_steps=25,
             guidance_scale=2.0,
             sampler="euler",
-            every=1000,
+            every=2500,
         ),
-        eval=EvalConfig(every=2000, count=256, metric="eval/exact"),
+        eval=EvalConfig(every=2500, count=256, metric="eval/exact"),
     )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgen.nn.attention import Attention
+from jaxgen.nn.attention import Attention, rotary_1d
 from jaxgen.nn.layers import MLP, Linear, RMSNorm, time_features
 from jaxgen.text.features import TextFeatures
 
@@ -46,13 +46,15 @@ class MLPEmbed(nnx.Module):
 
 
 class TextBlock(nnx.Module):
-    """A pre-norm transformer block over text tokens (positions come from the language model itself)."""
+    """A pre-norm transformer block over text tokens. It is told their order anew: little of it is left in the last
+    layer of a language model made for whole sentences, and which colour belongs to which shape hangs on it."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.norm1, self.norm2 = RMSNorm(width, rngs), RMSNorm(width, rngs)
-        self.attention = Attention(width, 32 if width % 32 == 0 else width, rngs)
+        self.head_dim = 32 if width % 32 == 0 else width
+        self.attention = Attention(width, self.head_dim, rngs)
         self.mlp = MLP(width, 2 * width, rngs, zero=True)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = x + self.attention(self.norm1(x), mask=mask)
+        x = x + self.attention(self.norm1(x), mask=mask, rotary=rotary_1d(x.shape[1], self.head_dim))
         return x + self.mlp(self.norm2(x))

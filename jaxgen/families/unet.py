@@ -4,6 +4,7 @@ The convolutional bias pays where a budget is minutes on a CPU (Ronneberger et a
 arXiv 2006.11239); the residual blocks take time and text by adaptive normalisation (arXiv 2105.05233)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,10 @@ class UNet:
     widths: tuple[int, ...] = (64, 128)
     down: tuple[int, ...] = (2, 2)  # residual blocks of each level on the way down
     up: tuple[int, ...] = (3, 2)  # and on the way up
-    attention: tuple[bool, ...] = (False, True)  # to image and text, after the level's last block down and last block up
+    # After each of a level's blocks: to the text, or to image and text jointly.
+    attention: tuple[Literal["none", "text", "joint"], ...] = ("text", "joint")
     head_dim: int = 64
-    refiner: int = 1  # transformer blocks over the text tokens
+    refiner: int = 2  # transformer blocks over the text tokens
     dropout: float = 0.0
 
     def validate(self) -> None:
@@ -39,7 +41,7 @@ class UNet:
                 f"got {len(self.widths)}, {len(self.down)}, {len(self.up)} and {len(self.attention)}"
             )
         for width, attends in zip(self.widths, self.attention, strict=True):
-            if attends and width % self.head_dim:
+            if attends != "none" and width % self.head_dim:
                 raise UserError(f"family.network: width {width} is no multiple of head_dim={self.head_dim}")
 
     def check_image(self, image: tuple[int, int, int]) -> None:
@@ -64,9 +66,10 @@ class UNet:
         for width, down, up, attends in zip(self.widths, self.down, self.up, self.attention, strict=True):
             blocks = down + up
             total += blocks * 2 * 2 * 9 * width**2 * area
-            if attends:
-                each = 2 * 4 * width**2 * area + 2 * 2 * text * width * tokens + 2 * 2 * width * area * (area + tokens)
-                total += ((down > 0) + (up > 0)) * each
+            if attends != "none":
+                own = area if attends == "joint" else 0  # keys of the image
+                each = 2 * 2 * width * (width * (area + own) + text * tokens + area * (own + tokens))
+                total += blocks * each
             if below:
                 total += 2 * 2 * 4 * below * width * area  # down and up between the levels
             below, area = width, area // 4
@@ -81,8 +84,7 @@ class _UNet(nnx.Module):
         self.stem = Conv(shapes.image[2] * c.patch**2, c.widths[0], rngs)
 
         def level(i: int, blocks: int) -> nnx.List:
-            last = blocks - 1
-            return nnx.List([_Block(c, c.widths[i], text, c.attention[i] and k == last, rngs) for k in range(blocks)])
+            return nnx.List([_Block(c, c.widths[i], text, c.attention[i], rngs) for _ in range(blocks)])
 
         levels = range(len(c.widths))
         self.down = nnx.List([level(i, c.down[i]) for i in levels])
@@ -116,26 +118,26 @@ class _UNet(nnx.Module):
 class _Block(nnx.Module):
     """Two modulated convolutions, then (on levels that attend) attention to image and text, each added to its input."""
 
-    def __init__(self, c: UNet, width: int, text: int, attends: bool, rngs: nnx.Rngs):
+    def __init__(self, c: UNet, width: int, text: int, attends: str, rngs: nnx.Rngs):
         self.norm1, self.norm2 = RMSNorm(width, rngs), RMSNorm(width, rngs)
         self.conv1, self.conv2 = Conv(width, width, rngs), Conv(width, width, rngs, zero=True)
         self.modulation = Linear(text, 2 * width, rngs, axes=("embed", None), zero=True)
-        self.dropout, self.head_dim = c.dropout, c.head_dim
-        if attends:
+        self.dropout, self.head_dim, self.attends = c.dropout, c.head_dim, attends
+        if attends != "none":
             self.attention_norm = RMSNorm(width, rngs)
-            self.attention = Attention(width, c.head_dim, rngs, context_dim=text)
-        else:
-            self.attention = None
+            self.attention = Attention(width, c.head_dim, rngs, context_dim=text, own_keys=attends == "joint")
 
     def __call__(self, x: jax.Array, vector: jax.Array, tokens: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
         scale, shift = jnp.split(self.modulation(vector), 2, axis=-1)
         h = self.conv1(jax.nn.silu(self.norm1(x)))
         h = dropout(jax.nn.silu(modulate(self.norm2(h), scale, shift)), self.dropout, key)
         x = x + self.conv2(h)
-        if self.attention is None:
+        if self.attends == "none":
             return x
         b, height, width, c = x.shape
         flat = self.attention_norm(x).reshape(b, height * width, c)
+        if self.attends == "text":
+            return x + self.attention(flat, context=tokens, mask=mask).reshape(x.shape)
         keys = jnp.concatenate([jnp.ones((b, height * width), bool), mask], axis=1)
         positions = rotary_2d(height, width, self.head_dim)
         return x + self.attention(flat, context=tokens, mask=keys, rotary=positions).reshape(x.shape)

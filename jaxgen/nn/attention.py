@@ -1,4 +1,4 @@
-"""Multi-head attention with QK-norm, optional rotary positions and an extra set of keys (text) joined to the own ones."""
+"""Multi-head attention with QK-norm, optional rotary positions, and keys of its own, of a context (text), or of both."""
 
 import math
 
@@ -16,7 +16,7 @@ from jaxgen.nn.module import param
 class Attention(nnx.Module):
     """Attention over x [B, T, D]; separate q, k, v kernels [D, H, d] keep a tensor-parallel mesh free of reshuffles."""
 
-    def __init__(self, dim: int, head_dim: int, rngs: nnx.Rngs, *, context_dim: int | None = None):
+    def __init__(self, dim: int, head_dim: int, rngs: nnx.Rngs, *, context_dim: int | None = None, own_keys: bool = True):
         heads = dim // head_dim
         if heads * head_dim != dim:
             raise ValueError(f"width {dim} is not a multiple of the head size {head_dim}")
@@ -25,9 +25,11 @@ class Attention(nnx.Module):
         def project(width: int) -> nnx.Param:
             return param(init, rngs, (width, heads, head_dim), ("embed", "heads", "kv"))
 
-        self.q, self.k, self.v = project(dim), project(dim), project(dim)
+        self.own_keys = own_keys
+        self.q, self.q_norm = project(dim), RMSNorm(head_dim, rngs)
         self.out = param(zeros, rngs, (heads, head_dim, dim), ("heads", "kv", "embed"))
-        self.q_norm, self.k_norm = RMSNorm(head_dim, rngs), RMSNorm(head_dim, rngs)
+        if own_keys:
+            self.k, self.v, self.k_norm = project(dim), project(dim), RMSNorm(head_dim, rngs)
         if context_dim is not None:
             self.context_k, self.context_v = project(context_dim), project(context_dim)
             self.context_norm = RMSNorm(head_dim, rngs)
@@ -40,16 +42,20 @@ class Attention(nnx.Module):
         mask: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """x [B, T, D], context [B, S, C] whose keys follow x's own, mask bool [B, T + S] of the keys that count,
-        rotary (cos, sin) each [T, d/2] for x's own queries and keys -> [B, T, D]."""
-        q, k = self.q_norm(_project(x, self.q)), self.k_norm(_project(x, self.k))
-        v = _project(x, self.v)
+        """x [B, T, D] -> [B, T, D]. The keys are x's own, then those of context [B, S, C] (of it alone without
+        `own_keys`); mask bool [B, keys] says which count; rotary (cos, sin), each [T, d/2], turns x's queries and keys."""
+        q = self.q_norm(_project(x, self.q))
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q = rotate(q, *rotary)
+        keys, values = [], []
+        if self.own_keys:
+            k = self.k_norm(_project(x, self.k))
+            keys.append(k if rotary is None else rotate(k, *rotary))
+            values.append(_project(x, self.v))
         if context is not None:
-            k = jnp.concatenate([k, self.context_norm(_project(context, self.context_k))], axis=2)
-            v = jnp.concatenate([v, _project(context, self.context_v)], axis=2)
-        y = attend(q, k, v, mask)
+            keys.append(self.context_norm(_project(context, self.context_k)))
+            values.append(_project(context, self.context_v))
+        y = attend(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), mask)
         b, h, t, d = y.shape
         return y.transpose(0, 2, 1, 3).reshape(b, t, h * d) @ self.out[...].astype(x.dtype).reshape(h * d, -1)
 
@@ -64,6 +70,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, -1e30)
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(v.dtype) @ v
+
+
+def rotary_1d(length: int, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [length, head_dim/2], for positions along a sequence (arXiv 2104.09864)."""
+    angles = jnp.arange(length)[:, None] * theta ** (-jnp.arange(head_dim // 2) / (head_dim // 2))
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotary_2d(height: int, width: int, head_dim: int, theta: float = 100.0) -> tuple[jax.Array, jax.Array]:

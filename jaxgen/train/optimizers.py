@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers
+from jax.sharding import Mesh
 
 from jaxgen.nn.module import Params
 from jaxgen.train.config import OptimizerConfig
+from jaxgen.train.muon import orthogonalized
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -28,36 +29,27 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """One group's optimizer; make one per group."""
+def make_optimizer(config: OptimizerConfig, steps: int, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """One group's optimizer; make one per group. Where there is a mesh, its devices share the work that can be shared."""
     rate = learning_rate(config, steps)
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    if config.name == "adamw":
-        core = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
-    else:
-        # consistent_rms gives Muon's updates AdamW's size, so that one learning rate serves both (arXiv 2502.16982).
-        core = optax.contrib.muon(
-            rate,
-            beta=config.momentum,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decays,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=_muon_dimensions,  # ty: ignore[invalid-argument-type]
+    core = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
+    if config.name == "muon":
+        orthogonal = optax.chain(
+            optax.trace(config.momentum, nesterov=True),
+            orthogonalized(mesh),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
         )
+        core = optax.partition({"muon": orthogonal, "adamw": core}, _labels)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core) if config.clip_norm > 0 else core
 
 
-def _muon_dimensions(params: Params) -> Params:
-    """Which dimensions of each kernel are rows and columns; None (vectors, first and last layers) means Adam."""
+def _labels(params: Params) -> Params:
+    """Muon is for the kernels between; vectors, the first and the last layer take AdamW."""
 
-    def dimensions(path: Any, p: jax.Array) -> MuonDimensionNumbers | None:
-        names = [key.key for key in path]
-        if p.ndim < 2 or "stem" in names or "head" in names:
-            return None
-        if names[-1] in ("q", "k", "v", "context_k", "context_v"):  # [D, H, d]
-            return MuonDimensionNumbers((0,), (1, 2))
-        return MuonDimensionNumbers(tuple(range(p.ndim - 1)), (p.ndim - 1,))
+    def label(path: Any, p: jax.Array) -> str:
+        ends = {"stem", "head"} & {key.key for key in path}
+        return "adamw" if p.ndim < 2 or ends else "muon"
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    return jax.tree_util.tree_map_with_path(label, params)

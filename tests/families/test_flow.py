@@ -65,7 +65,9 @@ class Oracle:
         return Network()
 
 
-def test_the_loss_is_the_squared_error_of_the_velocity(family):
+@pytest.mark.parametrize("min_time", [MIN_TIME, 0.3])
+def test_the_loss_is_the_squared_error_of_the_velocity(family, min_time):
+    family = dataclasses.replace(family, loss_min_time=min_time)
     params, key = random_params(family), jax.random.key(5)
     image = jax.random.uniform(jax.random.key(2), (4, *SHAPES.image), minval=-1, maxval=1)
     loss, metrics = family.losses(params, {}, {"image": image, "text": text()}, key)["generator"]
@@ -74,7 +76,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity(family):
     noise = np.asarray(jax.random.normal(noise_key, image.shape), np.float64)
     x_t = (1 - t) * np.asarray(image, np.float64) + t * noise
     clean = family._predict(params, jnp.asarray(x_t, jnp.float32), jnp.asarray(t[:, 0, 0, 0], jnp.float32), text())
-    floor = np.maximum(t, MIN_TIME)
+    floor = np.maximum(t, min_time)
     difference = (x_t - np.asarray(clean, np.float64)) / floor - (x_t - np.asarray(image, np.float64)) / floor
     np.testing.assert_allclose(loss, np.mean(difference**2), rtol=2e-5)
     np.testing.assert_allclose(metrics["clean_mse"], np.mean((np.asarray(clean) - np.asarray(image)) ** 2), rtol=2e-5)
