@@ -5,6 +5,7 @@
 Without --workdir the small model that ships with the package draws. Prompt and settings stand in each PNG's metadata."""
 
 import argparse
+import sys
 import time
 
 from jaxgen.errors import UserError, cli
@@ -49,7 +50,7 @@ def main() -> None:
 
     model = jaxgen.load(args.workdir or args.model)
     for warning in check_prompts(model.encoder, prompts, args.negative_prompt):
-        print(f"warning: {warning}")
+        print(f"warning: {warning}", file=sys.stderr)
 
     # Drawing
     began = time.monotonic()

@@ -3,6 +3,7 @@
 Objects are written whole: nothing here appends to or renames a remote file, which object stores cannot do."""
 
 import errno
+import importlib.util
 import json
 import os
 import tempfile
@@ -13,10 +14,16 @@ from etils import epath
 from jaxgen.errors import UserError
 
 Path = epath.Path
+DRIVERS = {"gs://": ("gcsfs", "gcs")}  # what a remote path begins with: the package it needs, our extra that brings it
 
 
 def as_path(path: "str | os.PathLike[str] | Path") -> Path:
-    """A local path (with ~ expanded) or a remote one such as gs://bucket/run."""
+    """A local path (with ~ expanded) or a remote one such as gs://bucket/run.
+
+    Raises UserError where the package that reads the remote one is missing."""
+    for prefix, (package, extra) in DRIVERS.items():
+        if os.fspath(path).startswith(prefix) and importlib.util.find_spec(package) is None:
+            raise UserError(f'{path}: {package} is not installed: `uv sync --extra {extra}` or `pip install "jaxgen[{extra}]"`')
     return epath.Path(path).expanduser()
 
 
@@ -56,6 +63,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def copy_whole(source: Path, target: Path, last: str) -> None:
+    """Copy the files of a directory; the one named `last` comes last: where it is, all are."""
+    for file in sorted(source.iterdir(), key=lambda file: (file.name == last, file.name)):
+        write_bytes(target / file.name, file.read_bytes())
+
+
+def read_text(path: Path) -> str:
+    """Raises UserError where the file is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
 def read_json(path: Path) -> Any:
     """Raises UserError where the file is missing or is no JSON."""
     try:
@@ -66,10 +87,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is no valid JSON ({error}); restore it from where it came") from None
 
 
-def explain(error: OSError, path: Any) -> UserError:
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, a quota or a limit is reached; libraries written in C++ say it in words alone."""
+    words = ("No space left on device", "Disk quota exceeded", "File too large")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(w in str(error) for w in words)
+
+
+def explain(error: BaseException, path: Any) -> UserError:
     """The one line for a write that the system refused."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_full(error):
         return UserError(f"no space left to write {path}: free some, or choose another directory")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"no permission to write {path}: choose a directory of your own")
-    return UserError(f"cannot write {path}: {error.strerror or error}")
+    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}")

@@ -1,9 +1,9 @@
 """Prepares recipes as TFDS data sets in array_record files, and reads them back; no TensorFlow."""
 
 import contextlib
+import itertools
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +13,11 @@ import numpy as np
 
 from jaxgen.data.recipe import Recipe, decode
 from jaxgen.errors import UserError
-from jaxgen.storage import Path, explain, write_json
+from jaxgen.storage import Path, as_path, copy_whole, explain, is_full, is_remote, write_json
 
 VERSION = "1.0.0"
+INFO = "dataset_info.json"  # of TFDS; a set is there when this is
+LOCAL = "~/.cache/jaxgen/data"
 
 
 def prepare(name: str, recipe: Recipe, root: Path) -> Any:
@@ -42,40 +44,61 @@ def prepare(name: str, recipe: Recipe, root: Path) -> Any:
             return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, manager: Any) -> dict[str, Any]:
-            return {split: self._generate_examples(split) for split in recipe.splits()}
+            found = {}
+            for split in recipe.splits():
+                examples = self._generate_examples(split)
+                first = next(examples, None)
+                if first is not None:  # TFDS cannot write an empty split
+                    found[split] = itertools.chain([first], examples)
+            if not found:
+                raise UserError(f"data.name={name}: not one readable picture with a caption ({dict(self.problems)})")
+            return found
 
         def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+            seen = set()
             for example in recipe.examples(split):
                 captions = [c.strip() for c in example.captions if c.strip()]
                 problem = "no caption" if not captions else "unreadable" if decode(example.image) is None else None
+                if example.key in seen:
+                    problem = "listed twice"
                 if problem:
                     self.problems[problem] = self.problems.get(problem, 0) + 1
                     continue
+                seen.add(example.key)
                 yield example.key, {"image": example.image, "captions": captions, "meta": example.meta}
 
     Captioned.name = name
     config = tfds.core.BuilderConfig(name=recipe.identity(), version=VERSION)
-    builder = Captioned(data_dir=os.fspath(root), config=config, file_format="array_record")
+    # array_record files are written and read on a local disk; a remote root holds the copy that all hosts share.
+    local = as_path(LOCAL) if is_remote(root) else root
+    builder = Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")
     directory = Path(builder.data_dir)
-    if not (directory / "dataset_info.json").exists() and jax.process_index() == 0:
+    shared = root / directory.relative_to(local)
+    if is_remote(root) and not (directory / INFO).exists() and (shared / INFO).exists():
+        copy_whole(shared, directory, last=INFO)
+        builder = Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")
+    if not (directory / INFO).exists() and jax.process_index() == 0:
         print(f"preparing {name} in {directory}", file=sys.stderr, flush=True)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # a run's first line is its own
                 builder.download_and_prepare()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # array_record's writer raises RuntimeError
+            if not isinstance(error, OSError) and not is_full(error):
+                raise
             raise explain(error, directory) from error
         if builder.problems:
             write_json(directory / "problems.json", builder.problems)
             told = ", ".join(f"{count} {problem}" for problem, count in builder.problems.items())
             print(f"{name}: left out {told}", file=sys.stderr)
-        if not sum(split.num_examples for split in builder.info.splits.values()):
-            shutil.rmtree(os.fspath(directory), ignore_errors=True)
-            raise UserError(f"data.name={name}: not one readable picture with a caption ({dict(builder.problems)})")
+    if is_remote(root) and jax.process_index() == 0 and not (shared / INFO).exists():
+        copy_whole(directory, shared, last=INFO)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"prepared {name}")
-        builder = Captioned(data_dir=os.fspath(root), config=config, file_format="array_record")
+        if is_remote(root) and not (directory / INFO).exists():
+            copy_whole(shared, directory, last=INFO)
+        builder = Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")
     return builder
 
 
@@ -87,7 +110,8 @@ class Records:
 
         known = sorted(builder.info.splits)
         if split not in known:
-            raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(known)}")
+            mend = " (eval.every=0 trains without)" if split == "validation" else ""
+            raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(known)}{mend}")
         self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:

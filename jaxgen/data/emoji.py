@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from jaxgen.data.recipe import Example
 from jaxgen.errors import UserError
-from jaxgen.storage import Path
+from jaxgen.storage import Path, read_text
 
 STYLES = {"noto_emoji": "flat", "fluent_emoji_3d": "3D"}
 
@@ -34,7 +34,8 @@ class Emoji:
             for number, line in enumerate(self._lines(style)):
                 try:
                     entry = json.loads(line)
-                    file, name, keywords = entry["file"], entry["name"], entry.get("keywords", [])
+                    file, name = str(entry["file"]), str(entry["name"])
+                    keywords = [str(keyword) for keyword in entry.get("keywords", [])]
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(f"{self.source / style}/captions.jsonl, line {number + 1}: {error}") from None
                 # By the name, so that both styles and all skin tones of an emoji fall into the same split.
@@ -43,7 +44,7 @@ class Emoji:
                     continue
                 path = self.source / file
                 plain = f"a {STYLES[style]} emoji of {name}"
-                captions = [plain, *(f"{plain}, {', '.join(k for k in keywords[:5])}" for _ in keywords[:1])]
+                captions = [plain, *(f"{plain}, {', '.join(keywords[:5])}" for _ in keywords[:1])]
                 yield Example(file, path.read_bytes() if path.exists() else b"", captions, json.dumps({"name": name}))
 
     def _styles(self) -> list[str]:
@@ -53,4 +54,4 @@ class Emoji:
         return found
 
     def _lines(self, style: str) -> list[str]:
-        return [line for line in (self.source / style / "captions.jsonl").read_text().splitlines() if line.strip()]
+        return [line for line in read_text(self.source / style / "captions.jsonl").splitlines() if line.strip()]

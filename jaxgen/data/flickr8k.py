@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from jaxgen.data.recipe import Example
 from jaxgen.errors import UserError
-from jaxgen.storage import Path
+from jaxgen.storage import Path, read_text
 
 LISTS = {"train": "train", "validation": "dev", "test": "test"}
 
@@ -51,4 +51,4 @@ class Flickr8k:
         path = self.source / name
         if not path.exists():
             raise UserError(f"data.source={self.source} has no {name}: give the unpacked Flickr8k")
-        return path.read_text()
+        return read_text(path)

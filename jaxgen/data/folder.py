@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxgen.data.recipe import Example, decode
 from jaxgen.errors import UserError
-from jaxgen.storage import Path
+from jaxgen.storage import Path, read_text
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -60,7 +60,7 @@ class Folder:
             stems = {file: self.source / (file.rsplit(".", 1)[0] + ".txt") for file in pictures}
             return pictures, {file: _lines(path) for file, path in stems.items() if path.exists()}
         captions: dict[str, list[str]] = {}
-        for number, line in enumerate(index.read_text().splitlines()):
+        for number, line in enumerate(read_text(index).splitlines()):
             if not line.strip():
                 continue
             try:
@@ -135,4 +135,4 @@ def _walk(directory: Path, prefix: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

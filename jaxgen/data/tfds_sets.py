@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxgen.data.recipe import Example
 from jaxgen.errors import UserError
+from jaxgen.storage import first_line
 
 TEMPLATES = {
     "cifar10": "a photo of a {label}",
@@ -38,20 +39,20 @@ class TfdsSet:
         return "v1_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def splits(self) -> tuple[str, ...]:
-        return tuple({"valid": "validation", "val": "validation"}.get(s, s) for s in self._builder().info.splits)
+        return tuple(_ours(split) for split in self._prepared().info.splits)
 
     def examples(self, split: str) -> Iterator[Example]:
         import tensorflow_datasets as tfds
 
-        builder = self._builder()
-        original = next(s for s in builder.info.splits if {"valid": "validation", "val": "validation"}.get(s, s) == split)
+        builder = self._prepared()
+        original = next(name for name in builder.info.splits if _ours(name) == split)
         try:
-            builder.download_and_prepare(file_format="array_record")
-        except Exception as error:
-            missing = "tensorflow" in str(error).lower() or isinstance(error, ImportError)
-            mend = 'install TensorFlow once for that: `uv sync --extra tf` or `pip install "jaxgen[tf]"`' if missing else ""
-            raise UserError(f"tfds:{self.name} cannot be prepared ({_first_line(error)}); {mend}".rstrip("; ")) from error
-        source = builder.as_data_source(original, decoders={"image": tfds.decode.SkipDecoding()})
+            source = builder.as_data_source(original, decoders={"image": tfds.decode.SkipDecoding()})
+        except NotImplementedError:
+            raise UserError(
+                f"tfds:{self.name} was prepared before in {builder.data_dir} as {builder.info.file_format.value}, which "
+                "cannot be read by index: set data.source to another directory for a copy that can"
+            ) from None
         for index in range(len(source)):
             record = source[index]
             yield Example(str(index), record["image"], self._captions(builder.info.features, record))
@@ -76,6 +77,17 @@ class TfdsSet:
     def _template(self) -> str | None:
         return self.template or TEMPLATES.get(self.name.split("/")[0].split(":")[0])
 
+    def _prepared(self) -> Any:
+        """The builder, its records on disk: before that TFDS does not know a set's splits."""
+        builder = self._builder()
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:
+            missing = "tensorflow" in str(error).lower() or isinstance(error, ImportError)
+            mend = 'install TensorFlow once for that: `uv sync --extra tf` or `pip install "jaxgen[tf]"`' if missing else ""
+            raise UserError(f"tfds:{self.name} cannot be prepared ({first_line(error)[:200]}); {mend}".rstrip("; ")) from error
+        return builder
+
     def _builder(self) -> Any:
         import tensorflow_datasets as tfds
 
@@ -85,10 +97,10 @@ class TfdsSet:
             raise UserError(f"data.name=tfds:{self.name}: TFDS knows no such set; see its catalogue") from None
         except ImportError as error:
             raise UserError(
-                f"tfds:{self.name} needs a package that is missing ({_first_line(error)}): for TensorFlow run "
+                f"tfds:{self.name} needs a package that is missing ({first_line(error)[:200]}): for TensorFlow run "
                 '`uv sync --extra tf` or `pip install "jaxgen[tf]"`'
             ) from None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _ours(split: str) -> str:
+    return {"valid": "validation", "val": "validation"}.get(split, split)

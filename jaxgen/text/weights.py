@@ -86,7 +86,7 @@ def _read(opened: Any, file: Path, name: str, shape: tuple[int, ...], transposed
         raise UserError(f"{file}: tensor {name} has shape {list(found)} and config.json asks for {list(wanted)}")
     try:
         value = opened.get_tensor(name)
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # the last for 8-bit floats
         raise UserError(f"{file}: tensor {name} cannot be read ({error}); download it again") from None
     if value.dtype.kind not in "fV":  # bfloat16 is of kind V
         raise UserError(f"{file}: tensor {name} is {value.dtype}, not a floating-point one")

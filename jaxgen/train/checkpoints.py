@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxgen.errors import UserError
-from jaxgen.storage import Path, explain
+from jaxgen.storage import Path, explain, first_line, is_full, is_remote
 from jaxgen.train.state import TrainState
 
 FORMAT = 1
@@ -33,9 +34,12 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # what a kill in the middle of a save has left
             )
         self._reads_only = keep is None
-        self._manager = ocp.CheckpointManager(str(self.directory), options=options)
+        # Orbax refuses to write arrays below a relative path.
+        directory = os.fspath(self.directory) if is_remote(self.directory) else os.path.abspath(self.directory)
+        self._manager = ocp.CheckpointManager(directory, options=options)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -117,7 +121,7 @@ class Checkpoints:
             try:
                 value = read(step)
             except Exception as error:  # a damaged file shows itself in many ways
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                reason = first_line(error)[:160]
                 print(f"warning: checkpoint {step} in {self.directory} cannot be read ({reason})", file=sys.stderr)
                 continue
             if step != steps[-1]:
@@ -137,10 +141,10 @@ class Checkpoints:
         cause = error.__cause__ or error.__context__
         if system is None and isinstance(cause, OSError):
             system = cause
-        if system is not None:
-            line = str(explain(system, self.directory))
+        if system is not None or is_full(error):
+            line = str(explain(system or error, self.directory))
         else:
-            line = f"cannot write {self.directory}: " + (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            line = f"cannot write {self.directory}: {first_line(error)[:200]}"
         print(f"warning: checkpoint not saved: {line}", file=sys.stderr, flush=True)
         self._failed = True
 

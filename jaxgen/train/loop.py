@@ -1,8 +1,10 @@
 """A run from its configuration to its last checkpoint; the same call again goes on where it stopped."""
 
+import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +21,7 @@ from jaxgen.model import read_weights
 from jaxgen.nn.module import flatten, unflatten
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype
-from jaxgen.storage import Path, as_path, explain, is_remote, write_json
+from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
 from jaxgen.text import TextEncoder, load_text_encoder
 from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
@@ -71,7 +73,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     # State
     shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
     groups = jax.eval_shape(lambda: family.init(jax.random.key(0), shapes))
-    optimizers = {group: make_optimizer(config.optimizer, config.train.steps) for group in groups}
+    optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh) for group in groups}
     make = lambda: create(family, shapes, optimizers, config.seed)  # noqa: E731
     abstract = jax.eval_shape(make)
     where = shardings(abstract, family.logical_axes(shapes), mesh)
@@ -132,6 +134,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began})
     flops = 3.0 * family.flops(shapes, tokens_of(batch)) * config.train.batch_size
     interrupted = catch_signals()
+    hush_writers()
     trace = Trace(workdir, first + 10) if profile else None
     before = control["seconds"]
     started = since = time.monotonic()
@@ -142,6 +145,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         control["seconds"] = before + time.monotonic() - started
         log.flush()
         meta = {"control": control, "text_fingerprint": encoder.fingerprint, "config": configs.to_dict(config)}
+        checkpoints.wait()
+        _ = checkpoints.failed  # an earlier failure has been told: whether the run ends well, its last checkpoint decides
         checkpoints.save(state, meta, metrics)
 
     def stop_if_failed(metrics: dict[str, Any]) -> None:
@@ -149,7 +154,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
             log.flush()
             checkpoints.close()
             raise UserError(
-                f"the loss or gradient of step {int(metrics['failed'])} is not finite; nothing of it was saved. "
+                # Steps are counted from one here, as in metrics.jsonl.
+                f"the loss or gradient of step {int(metrics['failed']) + 1} is not finite; nothing of it was saved. "
                 "Lower optimizer.learning_rate or optimizer.clip_norm and go on from the last checkpoint in another --workdir"
                 " (train.init_from)"
             )
@@ -295,6 +301,20 @@ def catch_signals() -> Callable[[], bool]:
     return lambda: bool(caught)
 
 
+def hush_writers() -> None:
+    """From now on a write that fails is told once, by Checkpoints, and not by a traceback of each of Orbax's threads."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    shown = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        # TensorStore's callbacks into the event loop of a write that has been given up.
+        if str(raised.exc_value) != "Event loop is closed":
+            shown(raised)
+
+    sys.unraisablehook = hook
+
+
 def agreed(wish: bool) -> bool:
     """Whether any process wishes to stop, the same answer on all."""
     if jax.process_count() == 1:
@@ -305,10 +325,11 @@ def agreed(wish: bool) -> bool:
 
 
 class Trace:
-    """A profiler trace of ten steps into workdir/profile."""
+    """A profiler trace of ten steps into workdir/profile; for a remote one it is written here and copied whole."""
 
     def __init__(self, workdir: Path, start: int):
-        self._directory, self._start, self._on = os.fspath(workdir / "profile"), start, False
+        self._target, self._start, self._on = workdir / "profile", start, False
+        self._directory = tempfile.mkdtemp(prefix="jaxgen-profile-") if is_remote(workdir) else os.fspath(self._target)
 
     def at(self, step: int, metrics: Any) -> None:
         if step == self._start:
@@ -323,4 +344,8 @@ class Trace:
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
-            tell(f"profile in {self._directory}")
+            for directory, _, files in os.walk(self._directory) if is_remote(self._target) else ():
+                for file in files:
+                    path = os.path.join(directory, file)
+                    write_bytes(self._target / os.path.relpath(path, self._directory), as_path(path).read_bytes())
+            tell(f"profile in {self._target}")
