@@ -82,3 +82,102 @@ def test_damage_is_refused():
         image[:, : int(scene.objects[0].x)][np.abs(np.arange(32) - scene.objects[0].y) < 9] = 128
     for damaged in (blank, extra, halves):
         assert not verify(damaged, SCENES).exact.any()
+
+
+def test_what_is_no_batch_of_pictures_is_refused():
+    for images, scenes in (
+        (IMAGES[:2], SCENES[:3]),
+        (IMAGES[:2].astype(np.float32), SCENES[:2]),
+        (IMAGES[0], SCENES[:32]),
+    ):
+        with pytest.raises(ValueError, match="want uint8"):
+            verify(images, scenes)
+    assert verify(IMAGES[:0], []).exact.shape == (0,)
+
+
+def test_many_pictures_are_judged_in_their_order():
+    images = np.concatenate([IMAGES, IMAGES[:150]])
+    shown = [*SCENES, *SCENES[:150]]
+    asked = [scene if i % 3 else SCENES[-1] for i, scene in enumerate(shown)]
+    right = [s.caption(a) == s.caption(b) for a, b in zip(asked, shown, strict=True)]
+    np.testing.assert_array_equal(verify(images, asked).exact, right)
+
+
+@pytest.mark.parametrize("size", [24, 48, 64])
+def test_other_sizes_are_judged_alike(size):
+    scenes = [s.example("test", index, size=size)[0] for index in range(60)]
+    images = np.stack([s.render(scene, size) for scene in scenes])
+    assert verify(images, scenes).exact.all()
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above", None: None}
+    turned = [dataclasses.replace(scene, relation=opposite[scene.relation]) for scene in scenes]
+    np.testing.assert_array_equal(verify(images, turned).exact, [scene.relation is None for scene in scenes])
+
+
+CORNER = s.Scene("single", (s.Object("small", "red", "circle", 8, 8),))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "level", "exact"),
+    [
+        (1, 2, 100, True),  # specks
+        (2, 2, 100, False),
+        (2, 3, 35, True),  # fainter ones may be larger
+        (3, 4, 35, False),
+        (8, 8, 20, True),  # what no eye sees
+    ],
+)
+def test_spots_count_from_the_size_on_at_which_an_eye_sees_them(height, width, level, exact):
+    image = s.render(CORNER)
+    image[20 : 20 + height, 20 : 20 + width] += np.uint8(level)
+    verdict = verify(image[None], [CORNER])
+    assert verdict.exact[0] == exact
+    assert verdict.count[0] == exact
+
+
+def test_what_touches_the_border_or_spans_the_picture_is_no_object():
+    bars = np.stack([s.render(CORNER)] * 4)
+    bars[0, 20:23] = (50, 80, 220)
+    bars[1, :, 20:23] = (50, 80, 220)
+    bars[2, 26:] = (50, 80, 220)
+    bars[3] = (220, 40, 40)
+    verdict = verify(bars, [CORNER] * 4)
+    assert not (verdict.exact | verdict.shape).any()
+
+
+@pytest.mark.parametrize(("right", "down"), [(0, 0), (0, 19), (19, 0), (19, 19)])
+def test_objects_may_stand_anywhere_whole(right, down):
+    """Also closer to the border than training pictures have them, but not cut by it."""
+    for shape in s.SHAPES:
+        scene = s.Scene("single", (s.Object("large", "yellow", shape, 7.5 + right * 0.9, 7.5 + down * 0.9),))
+        assert verify(s.render(scene)[None], [scene]).exact.all()
+    cut = s.Scene("single", (s.Object("large", "yellow", "square", 1.0, 16.0),))
+    assert not verify(s.render(cut)[None], [cut]).exact.any()
+
+
+def test_faded_objects_are_refused():
+    for colour in s.COLOURS:
+        scene = s.Scene("single", (s.Object("large", colour, "square", 16, 16),))
+        faded = 128 + 0.5 * (s.render(scene).astype(np.float32) - 128)
+        assert not verify(faded.round().astype(np.uint8)[None], [scene]).exact.any()
+
+
+def test_a_little_colour_error_and_blur_are_passed_over():
+    scenes = [scene for scene in SCENES if all(o.size == "large" for o in scene.objects)]
+    images = np.stack([s.render(scene) for scene in scenes])
+    shifted = np.clip(images.astype(int) + (images != 128) * np.array([12, -12, 8]), 0, 255).astype(np.uint8)
+    assert verify(shifted, scenes).exact.mean() > 0.98
+    blurred = np.stack([cv2.GaussianBlur(image, (3, 3), 0.5) for image in images])
+    assert verify(blurred, scenes).exact.mean() > 0.98
+
+
+@pytest.mark.parametrize("relation", s.RELATIONS)
+@pytest.mark.parametrize(("along", "across", "holds"), [(8.5, 4, True), (7, 6.5, False), (10, 9, True), (10, 12, False)])
+def test_a_relation_needs_the_stated_distance(relation, along, across, holds):
+    dx, dy = s.RELATIONS[relation]
+    step = np.array([along, across] if dx else [across, along]) * (dx + dy)
+    start = np.array([8, 8]) if dx + dy > 0 else np.array([24, 24])
+    a, b = s.Object("small", "red", "diamond", *start), s.Object("small", "blue", "diamond", *(start + step))
+    scene = s.Scene("relation", (a, b), relation)
+    verdict = verify(s.render(scene)[None], [scene])
+    assert verdict.relation[0] == verdict.exact[0] == holds
+    assert (verdict.count & verdict.colour & verdict.shape & verdict.size).all()

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxgen.errors import UserError
-from jaxgen.text import check_prompts, load_text_encoder
+from jaxgen.text import check_prompts, load_text_encoder, weights
 from jaxgen.text.sources import resolve
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -87,12 +87,100 @@ def test_wrong_files_are_told(directory):
         file.write_bytes(data)
         with pytest.raises(UserError, match="no whole safetensors file"):
             load_text_encoder(str(directory))
-    file.rename(directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match="a pickle"):
-        load_text_encoder(str(directory))
-    (directory / "pytorch_model.bin").unlink()
+    for name in ("pytorch_model.bin", "model.bin", "weights.pt", "weights.pth", "weights.ckpt", "adapter.bin"):
+        file = file.rename(directory / name)
+        with pytest.raises(UserError, match=f"has only {name}, a pickle"):
+            load_text_encoder(str(directory))
+    file.unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
         load_text_encoder(str(directory))
+
+
+TABLE = {"a.weight": ("a.kernel", True), "a.bias": ("a.bias", False), "b.weight": ("b", False)}
+TABLE_SHAPES = {"a.kernel": (2, 3), "a.bias": (3,), "b": (4,)}
+STORED = {"a.weight": np.arange(6.0).reshape(3, 2), "a.bias": np.arange(3.0), "b.weight": np.arange(4.0)}
+
+
+def store(directory, parts):
+    """Their tensors in several files with an index; `parts` is {file: {name: value}}."""
+    for name, flat in parts.items():
+        save_file({key: np.ascontiguousarray(value, np.float32) for key, value in flat.items()}, directory / name)
+    where = {key: name for name, flat in parts.items() for key in flat}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize("prefix", ["", "bert.", "model."])
+def test_tensors_come_from_several_files(tmp_path, prefix):
+    named = {prefix + name: value for name, value in STORED.items()}
+    first = {name: named.pop(name) for name in [prefix + "a.weight"]}
+    store(tmp_path, {"model-1.safetensors": first, "model-2.safetensors": named | {"head.x": np.full(2, np.nan)}})
+    loaded = weights.load(tmp_path, TABLE, TABLE_SHAPES, ignored=("head.", "pooler."), prefixes=("bert.", "model."))
+    np.testing.assert_array_equal(loaded["a"]["kernel"], [[0, 2, 4], [1, 3, 5]])
+    np.testing.assert_array_equal(loaded["a"]["bias"], [0, 1, 2])
+    np.testing.assert_array_equal(loaded["b"], [0, 1, 2, 3])
+    assert loaded["a"]["kernel"].dtype == np.float32
+    assert loaded["a"]["kernel"].flags["C_CONTIGUOUS"]
+    with pytest.raises(UserError, match="belongs to no part"):  # neither ignored nor known
+        weights.load(tmp_path, TABLE, TABLE_SHAPES, prefixes=("bert.", "model."))
+
+
+def test_an_index_is_checked(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    store(tmp_path, {"model-1.safetensors": STORED})
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1, "b": "c"}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match="is no valid index"):
+            weights.load(tmp_path, TABLE, TABLE_SHAPES)
+    index.write_text(json.dumps({"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}}))
+    with pytest.raises(UserError, match=r"model-2\.safetensors is missing, which model\.safetensors\.index\.json names"):
+        weights.load(tmp_path, TABLE, TABLE_SHAPES)
+
+
+def test_all_that_is_missing_is_counted(tmp_path):
+    for kept, message in (
+        ("a.bias", "tensor a.weight is missing and 1 more;"),
+        ("a.weight", "tensor a.bias is missing and 1 more;"),
+    ):
+        save_file({kept: STORED[kept].astype(np.float32)}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            weights.load(tmp_path, TABLE, TABLE_SHAPES)
+    two = {name: STORED[name].astype(np.float32) for name in ("a.weight", "a.bias")}
+    save_file(two, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensor b\.weight is missing; download"):
+        weights.load(tmp_path, TABLE, TABLE_SHAPES)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_enough(tmp_path, value):
+    flat = {name: array.astype(np.float32) for name, array in STORED.items()}
+    flat["b.weight"][2] = value
+    save_file(flat, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensor b\.weight holds NaN or infinity"):
+        weights.load(tmp_path, TABLE, TABLE_SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [("F16", None), ("BF16", None), ("F8_E4M3", "cannot be read|not a floating-point"), ("I16", "not a floating")],
+)
+def test_half_precision_is_read_and_the_rest_told(tmp_path, dtype, message):
+    """A file by hand: 2.0, 1.0, -2.0, 0.5 in `dtype`."""
+    data = {
+        "F16": np.array([2, 1, -2, 0.5], np.float16).tobytes(),
+        "BF16": (np.array([2, 1, -2, 0.5], np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes(),
+        "F8_E4M3": bytes([0x40, 0x38, 0xC0, 0x30]),
+        "I16": np.array([2, 1, -2, 0], np.int16).tobytes(),
+    }[dtype]
+    header = json.dumps({"b.weight": {"dtype": dtype, "shape": [4], "data_offsets": [0, len(data)]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    table, shapes = {"b.weight": ("b", False)}, {"b": (4,)}
+    if message is not None:
+        with pytest.raises(UserError, match=f"tensor b.weight .*({message})"):
+            weights.load(tmp_path, table, shapes)
+        return
+    loaded = weights.load(tmp_path, table, shapes)["b"]
+    assert loaded.dtype == np.float32
+    np.testing.assert_array_equal(loaded, [2, 1, -2, 0.5])
 
 
 def test_wrong_directories_are_told(directory):

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from jaxgen.errors import UserError
 from jaxgen.parallel.mesh import MeshConfig, make_mesh
 from jaxgen.storage import as_path
-from jaxgen.train.checkpoints import Checkpoints
+from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.state import create, shardings
 from tests.train.test_step import SHAPES
 from tests.train.toy import Toy
@@ -41,10 +42,11 @@ def test_a_state_comes_back_whole_on_other_devices(tmp_path):
     for devices in (1, 4, 8):
         abstract, _ = layout(devices)
         restored, meta = Checkpoints(as_path(tmp_path)).restore(abstract)
-        assert (int(restored.step), meta["note"], meta["step"]) == (5, "kept", 5)
+        assert (int(restored.step), meta) == (5, {"note": "kept", "step": 5, "format": 1})
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
         assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, abstract))
-    ema, _ = Checkpoints(as_path(tmp_path), keep=None).restore_ema()
+    ema, meta = Checkpoints(as_path(tmp_path), keep=None).restore_ema()
+    assert meta["step"] == 5
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(ema), jax.device_get(state.ema_params))
 
 
@@ -53,16 +55,101 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(as_path(tmp_path), keep=2, score=lambda metrics: -metrics["loss"])
     for step, loss in enumerate([3.0, 1.0, 2.0, 5.0, 4.0], start=1):
         checkpoints.save(at(state, step), {}, {"loss": loss})
-    checkpoints.save(at(state, 6), {})
+    for step in (6, 7, 8):
+        checkpoints.save(at(state, step), {})
     checkpoints.close()
-    assert Checkpoints(as_path(tmp_path), keep=None).steps() == [2, 5, 6]
+    assert Checkpoints(as_path(tmp_path), keep=None).steps() == [2, 7, 8]
 
 
-def test_a_failed_state_is_never_written(tmp_path):
+def test_three_are_kept_where_nothing_is_said(tmp_path):
     state = layout(1)[1]()
-    failed = dataclasses.replace(state, control={"failed": jnp.int32(4)})
-    with pytest.raises(ValueError, match="step 4 was not finite"):
+    checkpoints = Checkpoints(as_path(tmp_path))
+    for step in (1, 2, 3, 4, 5):
+        checkpoints.save(at(state, step), {}, {"loss": 1.0})
+    checkpoints.close()
+    assert Checkpoints(as_path(tmp_path), keep=None).steps() == [3, 4, 5]
+
+
+def test_a_relative_directory_is_as_good(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(as_path("runs/here"))
+    checkpoints.save(at(layout(1)[1](), 1), {})
+    assert checkpoints.wait()
+    assert (tmp_path / "runs" / "here" / "checkpoints" / "1").is_dir()
+    assert Checkpoints(as_path("runs/here"), keep=None).restore_ema()[1]["step"] == 1
+
+
+def test_a_step_is_written_once(tmp_path, capfd):
+    state = layout(1)[1]()
+    checkpoints = Checkpoints(as_path(tmp_path))
+    for note in ("first", "second"):
+        checkpoints.save(at(state, 1), {"note": note})
+    assert checkpoints.wait()
+    assert not checkpoints.failed
+    assert checkpoints.restore_ema()[1]["note"] == "first"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_failed_state_is_never_written(tmp_path, step):
+    state = layout(1)[1]()
+    failed = dataclasses.replace(state, control={"failed": jnp.int32(step)})
+    with pytest.raises(ValueError, match=f"step {step} was not finite"):
         Checkpoints(as_path(tmp_path)).save(failed, {})
+    assert Checkpoints(as_path(tmp_path), keep=None).steps() == []
+
+
+def damage(tmp_path, step):
+    for file in (tmp_path / "checkpoints" / str(step)).rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def test_a_damaged_newest_one_is_passed_over_and_written_anew(tmp_path, capfd):
+    abstract, make = layout(1)
+    checkpoints = Checkpoints(as_path(tmp_path), keep=5)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(at(make(), step), {})
+    checkpoints.close()
+    for step in (3, 4):
+        damage(tmp_path, step)
+    # Whoever only reads leaves everything as it is.
+    assert Checkpoints(as_path(tmp_path), keep=None).restore_ema()[1]["step"] == 2
+    assert Checkpoints(as_path(tmp_path), keep=None).steps() == [1, 2, 3, 4]
+    capfd.readouterr()
+    checkpoints = Checkpoints(as_path(tmp_path), keep=5)
+    restored, meta = checkpoints.restore(abstract)
+    told = capfd.readouterr().err
+    assert (int(restored.step), meta["step"]) == (2, 2)
+    assert "checkpoint 4 in" in told
+    assert "going back to checkpoint 2" in told
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.save(at(make(), 3), {"note": "anew"})
+    checkpoints.close()
+    restored, meta = Checkpoints(as_path(tmp_path)).restore(abstract)
+    assert (int(restored.step), meta["note"]) == (3, "anew")
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_kill_left_half_written_is_removed_and_never_by_a_reader(tmp_path):
+    left = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+    (left / "params").mkdir(parents=True)
+    assert Checkpoints(as_path(tmp_path), keep=None).steps() == []
+    assert left.exists()  # it may be a save under way
+    checkpoints = Checkpoints(as_path(tmp_path))
+    assert checkpoints.steps() == []
+    checkpoints.save(at(layout(1)[1](), 8), {})
+    assert checkpoints.wait()
+    assert not left.exists()
+
+
+def test_a_configuration_is_read_or_told(tmp_path):
+    assert read_config(as_path(tmp_path)) is None
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 3}))
+    assert read_config(as_path(tmp_path)) == {"seed": 3}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no valid JSON"):
+        read_config(as_path(tmp_path))
 
 
 def test_nothing_readable_is_an_error_and_nothing_at_all_is_none(tmp_path):
@@ -87,9 +174,35 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path, capfd, mo
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    assert not checkpoints.failed
     monkeypatch.setattr(checkpoints._manager, "save", full)
     checkpoints.save(at(make(), 2), {})
     assert checkpoints.failed
+    assert not checkpoints.failed  # told once
     assert "no space left to write" in capfd.readouterr().err
     restored, _ = Checkpoints(as_path(tmp_path)).restore(abstract)
     assert int(restored.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), None, "no space left to write"),
+        (ValueError("a thread ended"), OSError(errno.EACCES, "Permission denied"), "no permission to write"),
+        (ValueError("the disk is\nodd"), KeyError("x"), "checkpoints: the disk is"),
+        (RuntimeError(), None, "RuntimeError"),
+    ],
+)
+def test_a_save_that_ends_badly_later_is_told(tmp_path, capfd, monkeypatch, error, cause, told):
+    checkpoints = Checkpoints(as_path(tmp_path))
+    assert checkpoints.wait() is True
+
+    def late():
+        raise error from cause
+
+    monkeypatch.setattr(checkpoints._manager, "check_for_errors", late)
+    assert checkpoints.wait() is False
+    assert checkpoints.failed
+    assert told in capfd.readouterr().err
+    checkpoints.close()
+    assert told in capfd.readouterr().err

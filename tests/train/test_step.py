@@ -30,12 +30,12 @@ def make_batch(size=16, seed=0):
     return {"image": rng.integers(0, 256, (size, *SHAPES.image), dtype=np.uint8), "text": text}
 
 
-def start(family, optimizer=None, **settings):
+def start(family, optimizer=None, seed=0, **settings):
     optimizer = optimizer or optax.sgd(0.1)
     groups = jax.eval_shape(lambda: family.init(jax.random.key(0), SHAPES))
     optimizers = dict.fromkeys(groups, optimizer)
     state = create(family, SHAPES, optimizers, seed=0)
-    return state, jax.jit(make_step(family, optimizers, seed=0, **settings))
+    return state, jax.jit(make_step(family, optimizers, seed=seed, **settings))
 
 
 def largest(a, b):
@@ -55,15 +55,39 @@ def test_one_sgd_step_is_the_gradient_by_hand():
     np.testing.assert_allclose(metrics["loss"], np.mean(error**2), rtol=1e-5)
     gradient = batch["text"].pooled.T @ (2 / 16 * error[:, None] * (1 - hidden**2))
     np.testing.assert_allclose(after.params["first"]["w"], w - 0.1 * gradient, rtol=1e-5, atol=1e-7)
+    of_out = hidden.T @ (2 / 16 * error)
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt((gradient**2).sum() + (of_out**2).sum()), rtol=1e-5)
     assert int(after.step) == 1
+    assert int(metrics["failed"]) == -1
     # The first step's average has decay min(0.999, 1/10).
     expected = 0.1 * w + 0.9 * np.asarray(after.params["first"]["w"])
     np.testing.assert_allclose(after.ema_params["first"]["w"], expected, rtol=1e-5)
 
 
+def test_the_noise_of_a_step_is_that_of_its_seed_and_number():
+    state, step = start(Toy(), seed=3)
+    batch = make_batch()
+    _, metrics = step(dataclasses.replace(state, step=jnp.int32(5)), {}, batch)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 5), 1), 0)
+    image = batch["image"] / 127.5 - 1
+    loss, _ = Toy().losses(state.params, {}, {"image": image, "text": batch["text"]}, key)["first"]
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("step", "settings", "decay"), [(10**6, {}, 0.999), (10**6, {"ema_decay": 0.5}, 0.5), (8, {}, 0.5)])
+def test_the_average_follows_as_fast_as_stated(step, settings, decay):
+    state, step_fn = start(Toy(), **settings)
+    state = dataclasses.replace(state, step=jnp.int32(step), ema_params=jax.tree.map(lambda p: p + 1, state.params))
+    after, _ = step_fn(state, {}, make_batch())
+    expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, after.params)
+    assert largest(after.ema_params, expected) < 1e-5
+
+
 def test_a_later_group_sees_the_one_before_it_updated():
     state, step = start(Toy(second=True))
     after, metrics = step(state, {}, make_batch())
+    moved = jax.tree.map(lambda a, b: jnp.sum(jnp.square((a - b) / 0.1)), state.params, after.params)
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(jax.tree.leaves(moved))), rtol=1e-4)
     pooled = make_batch()["text"].pooled
     predicted = np.tanh(pooled @ np.asarray(after.params["first"]["w"])) @ np.asarray(after.params["first"]["out"])
     np.testing.assert_allclose(metrics["second/loss"], np.mean((1.0 - predicted) ** 2), rtol=1e-5)
@@ -80,8 +104,9 @@ class Deterministic(Toy):
         }
 
 
-def test_accumulation_changes_memory_and_not_the_result():
-    whole, parts = (start(Deterministic(), accumulate=n) for n in (1, 4))
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_accumulation_changes_memory_and_not_the_result(count):
+    whole, parts = (start(Deterministic(), accumulate=n) for n in (1, count))
     first, metrics = whole[1](whole[0], {}, make_batch())
     second, metrics2 = parts[1](parts[0], {}, make_batch())
     np.testing.assert_allclose(metrics["loss"], metrics2["loss"], rtol=1e-6)
@@ -99,6 +124,32 @@ def test_a_non_finite_step_changes_nothing_and_is_named():
     later, _ = step(after, {}, make_batch(seed=2))
     assert int(later.step) == 1
     assert largest(later.params, state.params) == 0
+
+
+class Broken(Toy):
+    """One of loss and gradient is not finite, the other is."""
+
+    def losses(self, params, frozen, batch, key):
+        squares, total = jnp.sum(params["first"]["w"] ** 2), batch["text"].pooled.sum()
+        losses = {"loss": squares + jnp.sqrt(total), "gradient": jnp.sqrt(squares * jnp.maximum(total, 0.0))}  # at 0: 0 / 0
+        return {"first": (losses[self.what], {})}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_first_step_of_which_only_one_number_is_not_finite_changes_nothing(what):
+    Broken.what = what
+    state, step = start(Broken())
+    bad, good = make_batch(), make_batch()
+    bad["text"], good["text"] = (
+        dataclasses.replace(bad["text"], pooled=np.full_like(bad["text"].pooled, sign)) for sign in (-1, 1)
+    )
+    fine, metrics = step(state, {}, good)
+    assert (int(metrics["failed"]), int(fine.step)) == (-1, 1)
+    after, metrics = step(state, {}, bad)
+    assert np.isfinite(metrics["loss"]) == (what == "gradient")
+    later, metrics = step(after, {}, good)
+    assert (int(metrics["failed"]), int(later.step)) == (0, 0)
+    assert largest((state.params, state.ema_params), (later.params, later.ema_params)) == 0
 
 
 def test_token_ids_are_encoded_inside_the_step():
