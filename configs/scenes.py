@@ -2,7 +2,8 @@
 
     uv run train.py --config=configs/scenes.py
 
-Two CPU cores, 65 minutes: 94.5% of 256 `validation` captions drawn exactly (single objects 100%, relations 96%, counts 88%).
+Two CPU cores, 65 minutes. Drawn exactly, of 1,000 captions and three seeds each: `test` 92.9%, pairs of colour and shape never
+seen together 94.1%, held-out words in a held-out sentence 71.8% (python benchmarks/accuracy.py).
 """
 
 from jaxgen.data.config import DataConfig
@@ -25,8 +26,8 @@ def get_config() -> RunConfig:
                 "a large purple cross",
             ),
             num_images=4,
-            num_steps=25,
-            guidance_scale=2.0,
+            num_steps=16,
+            guidance_scale=1.5,
             sampler="euler",
             every=2500,
         ),
