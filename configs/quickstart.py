@@ -15,7 +15,7 @@ def get_config() -> RunConfig:
         # sampler's steps lean that way.
         family=Flow(network=UNet(widths=(64, 128), down=(1, 2), up=(2, 2)), time_mean=0.4, sample_shift=3.0),
         data=DataConfig(name="scenes", train_examples=20_000, paraphrases=0),
-        train=TrainConfig(steps=2900, batch_size=16, ema_decay=0.998, checkpoint_every=725, log_every=100),
+        train=TrainConfig(steps=3400, batch_size=16, ema_decay=0.998, checkpoint_every=850, log_every=100),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, warmup_steps=50),
         sample=SampleConfig(
             prompts=(
@@ -28,6 +28,6 @@ def get_config() -> RunConfig:
             num_steps=25,
             guidance_scale=2.0,
             sampler="euler",
-            every=1450,
+            every=1700,
         ),
     )
