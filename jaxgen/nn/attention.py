@@ -60,16 +60,49 @@ class Attention(nnx.Module):
         return y.transpose(0, 2, 1, 3).reshape(b, t, h * d) @ self.out[...].astype(x.dtype).reshape(h * d, -1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """softmax(q k / sqrt(d)) v for head-major [B, H, T, d] arrays; mask bool [B, S] of the keys that count."""
-    if jax.default_backend() != "cpu":
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    bias: jax.Array | None = None,
+    softcap: float = 0.0,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """softmax(q k scale + bias) v for head-major arrays: q [B, H, T, d]; k, v [B, K, S, d], each of the K heads shared by
+    H / K queries (arXiv 2305.13245). mask: bool [B, S] of the keys that count, or [B or 1, 1, T, S]. scale: 1 / sqrt(d) by
+    default. bias: [1, H, T, S]. softcap c: logits become c tanh(logits / c) (arXiv 2408.00118). prefix: keys and values
+    [K, P, d] that stand before everybody's (arXiv 2101.00190), never masked."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    if prefix is not None:
+        count = prefix[0].shape[1]
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(p.astype(a.dtype), (len(a), *p.shape)), a], axis=2)
+            for p, a in zip(prefix, (k, v), strict=True)
+        )
+        before = ((0, 0), (0, 0), (0, 0), (count, 0))
+        mask = None if mask is None else jnp.pad(mask, before, constant_values=True)
+        bias = None if bias is None else jnp.pad(bias, before)
+    if jax.default_backend() != "cpu" and not softcap:
         swap = lambda a: a.transpose(0, 2, 1, 3)  # noqa: E731
-        joint = None if mask is None else mask[:, None, None, :]
-        return swap(jax.nn.dot_product_attention(swap(q), swap(k), swap(v), mask=joint))
-    logits = (q * (1.0 / math.sqrt(q.shape[-1]))) @ k.swapaxes(-1, -2)
+        if bias is not None:
+            bias = bias.astype(q.dtype)
+        return swap(jax.nn.dot_product_attention(swap(q), swap(k), swap(v), bias, mask, scale=scale))
+    b, heads, t, d = q.shape
+    grouped = (b, k.shape[1], heads // k.shape[1] * t)
+    logits = ((q * scale).reshape(*grouped, d) @ k.swapaxes(-1, -2)).reshape(b, heads, t, -1)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, -1e30)
-    return jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(v.dtype) @ v
+        logits = jnp.where(mask, logits, -1e30)
+    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(v.dtype)
+    return (weights.reshape(*grouped, -1) @ v).reshape(b, heads, t, v.shape[-1])
 
 
 def rotary_1d(length: int, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
@@ -89,7 +122,7 @@ def rotary_2d(height: int, width: int, head_dim: int, theta: float = 100.0) -> t
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (x[i], x[i + d/2]) of [B, H, T, d] by the angles of [T, d/2] tables."""
+    """Turn the pairs (x[i], x[i + d/2]) of [B, H, T, d] by the angles of [T, d/2] tables (or [B, 1, T, d/2])."""
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

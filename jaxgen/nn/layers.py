@@ -42,15 +42,41 @@ class Conv(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) over the last axis, times a learned scale (Zhang and Sennrich, arXiv 1910.07467)."""
 
-    def __init__(self, dim: int, rngs: nnx.Rngs, *, axes=(None,), learned: bool = True):
+    def __init__(self, dim: int, rngs: nnx.Rngs, *, axes=(None,), learned: bool = True, eps: float = 1e-6):
         self.scale = param(ones, rngs, (dim,), axes) if learned else None
+        self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         if self.scale is not None:
             y = y * self.scale[...]
         return y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation over the last axis, times a learned scale, plus a bias (arXiv 1607.06450)."""
+
+    def __init__(self, dim: int, rngs: nnx.Rngs, *, eps: float):
+        self.scale = param(ones, rngs, (dim,), (None,))
+        self.bias = param(zeros, rngs, (dim,), (None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """ids int [...] -> rows [..., dim] of a table [count, dim]."""
+
+    def __init__(self, count: int, dim: int, rngs: nnx.Rngs, *, axes: tuple[str | None, str | None] = (None, "embed")):
+        self.embedding = param(nnx.initializers.normal(0.02), rngs, (count, dim), axes)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[...][ids]
 
 
 class MLP(nnx.Module):

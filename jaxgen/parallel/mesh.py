@@ -59,13 +59,14 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
-    """A NamedSharding for each parameter from its logical axes; a dimension its mesh axis does not divide stays whole."""
+    """A NamedSharding for each parameter from its logical axes; a dimension its mesh axis does not divide (or that the mesh
+    lacks) stays whole."""
 
     def place(names: tuple[str | None, ...], p: Any) -> NamedSharding:
         used: list[str | None] = []
         for name, size in zip(names, p.shape, strict=True):
             axis = RULES[name]
-            fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0
+            fits = axis in mesh.shape and axis not in used and size % mesh.shape[axis] == 0
             used.append(axis if fits else None)
         return NamedSharding(mesh, PartitionSpec(*used))
 

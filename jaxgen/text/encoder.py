@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.errors import UserError
-from jaxgen.nn.module import bind, flatten, init_params
-from jaxgen.text import bert, sources, weights
+from jaxgen.nn.module import Params, bind, flatten, init_params, logical_axes
+from jaxgen.parallel.mesh import param_shardings
+from jaxgen.text import registry, sources, weights
+from jaxgen.text.architecture import Architecture, Head
 from jaxgen.text.features import TextFeatures
 from jaxgen.text.tokenizer import Tokenizer
 
-ARCHITECTURES = {"bert": bert}
 Layers = str | int | tuple[int, ...]
+Apply = Callable[[Params, jax.Array, jax.Array], TextFeatures]
 UNKNOWN_LIMIT = 0.2
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A language model read from Hugging Face files: `values` of its config.json (the text part), `architecture` and
+    weights; `digest` is of the files read."""
+
+    directory: Path
+    tokenizer_directory: Path
+    values: dict[str, Any]
+    architecture: Architecture
+    params: Params
+    digest: str
 
 
 class TextEncoder:
@@ -26,20 +43,21 @@ class TextEncoder:
 
     def __init__(
         self,
-        params: Any,
-        apply: Callable[..., TextFeatures],
+        params: Params,
+        apply: Apply,
         tokenizer: Tokenizer,
         *,
         hidden_size: int,
         pooled_size: int,
         max_length: int,
         fingerprint: str,
+        pretrained: Pretrained | None = None,
     ):
         self.params, self.apply, self.tokenizer = params, apply, tokenizer
         self.hidden_size, self.pooled_size, self.max_length = hidden_size, pooled_size, max_length
-        self.fingerprint = fingerprint
+        self.fingerprint, self.pretrained = fingerprint, pretrained
         # Few lengths, so that few programs are compiled.
-        self.lengths = [n for n in (8, 16, 32, 64, 128, 256) if n < max_length] + [max_length]
+        self.lengths = [2**i for i in range(3, 31) if 2**i < max_length] + [max_length]
         self._jitted = jax.jit(apply)
 
     def tokenize(self, captions: Sequence[str], length: int | None = None) -> dict[str, np.ndarray]:
@@ -50,12 +68,7 @@ class TextEncoder:
             captions = [captions]
         rows = self.tokenizer.encode(captions, self.max_length)
         longest = max(map(len, rows), default=1)
-        length = length or next(n for n in self.lengths if n >= longest)
-        ids = np.full((len(rows), length), self.tokenizer.padding, np.int32)
-        mask = np.zeros((len(rows), length), np.int32)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return pad(rows, length or next(n for n in self.lengths if n >= longest), self.tokenizer.padding)
 
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> TextFeatures:
         """Features of token ids int32 [B, T] with their mask, or of a caption or a list of captions."""
@@ -65,6 +78,10 @@ class TextEncoder:
         if attention_mask is None:
             attention_mask = np.ones(np.shape(input_ids), np.int32)
         return self._jitted(self.params, jnp.asarray(input_ids), jnp.asarray(attention_mask))
+
+    def functional(self) -> tuple[Apply, Params]:
+        """(apply, params): apply(params, input_ids, attention_mask) -> TextFeatures is pure, for jit, grad, vmap, shard_map."""
+        return self.apply, self.params
 
 
 def load_text_encoder(
@@ -76,56 +93,109 @@ def load_text_encoder(
     max_length: int | None = None,
     subfolder: str | None = None,
     tokenizer: str | None = None,
+    template: str | None = None,
 ) -> TextEncoder:
     """A text encoder from Hugging Face files (safetensors, config.json, tokenizer.json); no torch, no transformers model.
 
-    source: a local directory, a Hub id, or an id of which an offline copy is installed. dtype: of the computation; the
-    features are float32. mesh: where to replicate the weights. layers: "last", an index into the hidden states (0 is the
-    embeddings, -1 the last layer), or a tuple of indices to join. max_length: tokens, at most what the model can take.
-    tokenizer: a directory of its own. Raises UserError for files that are missing, broken, or of no known kind."""
-    directory = sources.resolve(source, subfolder)
-    config = _json(directory / "config.json")
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"{directory}/config.json: model_type {kind!r} is not known here; known: {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES[kind]
-    c = architecture.BertConfig.from_hf(config, f"{directory}/config.json")
-
-    def build(rngs: Any) -> Any:
-        return architecture.Bert(c, rngs)
-
-    abstract = dict(flatten(jax.eval_shape(lambda: init_params(build, jax.random.key(0)))))
-    shapes = {name: leaf.shape for name, leaf in abstract.items()}
-    table = architecture.tensors(c)
-    params = weights.load(directory, table, shapes, architecture.IGNORED, architecture.PREFIXES)
-    if mesh is None:
-        params = jax.tree.map(jnp.asarray, params)
-    else:
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        params = jax.tree.map(lambda p: jax.make_array_from_callback(p.shape, everywhere, lambda index: p[index]), params)
-
-    chosen = _layer_indices(layers, c.num_hidden_layers)
+    source: a local directory, one safetensors file in it, or a Hub id. dtype: of the weights and the computation; the
+    features are float32. mesh: over which the weights lie; each process reads the slices it owns. layers: "last", an index
+    into the hidden states (0 is the embeddings), a tuple of indices to join, or "average" of all, layer-normalised
+    (arXiv 2506.08210). max_length: tokens, at most what the model can take. subfolder: of the source (diffusers:
+    "text_encoder_2", whose tokenizer is beside it). tokenizer: a directory of its own. template: an instruction around each
+    caption, "... {} ..."; the features of what stands before the caption are cut off again. Raises UserError for files that
+    are missing, broken, or of no known kind."""
+    model = load_pretrained(source, dtype=dtype, mesh=mesh, subfolder=subfolder, tokenizer=tokenizer)
+    architecture, directory = model.architecture, model.directory
+    limit = _limit(directory, model.tokenizer_directory, architecture)
+    if max_length is not None and not 2 <= max_length <= architecture.max_length:
+        raise UserError(f"text.max_length={max_length}: {source} takes from 2 to {architecture.max_length} tokens")
+    words = Tokenizer(model.tokenizer_directory, template)
+    join, hidden_size = _joined(layers, architecture)
     pool = _pooling(directory)
 
-    def apply(params: Any, input_ids: jax.Array, attention_mask: jax.Array) -> TextFeatures:
-        states = bind(build, params)(input_ids, attention_mask, dtype)
-        hidden = jnp.concatenate([states[i] for i in chosen], axis=-1).astype(jnp.float32)
-        return TextFeatures(hidden, pool(states[-1].astype(jnp.float32), attention_mask), attention_mask > 0)
+    def apply(params: Params, input_ids: jax.Array, attention_mask: jax.Array) -> TextFeatures:
+        module = bind(architecture.build, params)
+        states, last = module(input_ids, attention_mask, dtype)
+        last = last.astype(jnp.float32)
+        pooled = pool(last, attention_mask) if pool else module.pool(last, input_ids, attention_mask)
+        hidden, mask = join(states, last), attention_mask > 0
+        return TextFeatures(hidden[:, words.cut :], pooled.astype(jnp.float32), mask[:, words.cut :])
 
-    limit = min(_json(directory / "sentence_bert_config.json", {}).get("max_seq_length", 10**9), c.max_position_embeddings)
-    if max_length is not None and not 2 <= max_length <= c.max_position_embeddings:
-        raise UserError(f"text.max_length={max_length}: {source} takes from 2 to {c.max_position_embeddings} tokens")
-    words = sources.resolve(tokenizer) if tokenizer else directory
-    settings = {"layers": chosen, "max_length": max_length or limit, "dtype": jnp.dtype(dtype).name, "pooling": pool.__name__}
+    settings = {"layers": layers, "max_length": max_length or limit, "dtype": jnp.dtype(dtype).name, "template": template}
     return TextEncoder(
-        params,
+        model.params,
         apply,
-        Tokenizer(words),
-        hidden_size=c.hidden_size * len(chosen),
-        pooled_size=c.hidden_size,
+        words,
+        hidden_size=hidden_size,
+        pooled_size=architecture.pooled_size,
         max_length=max_length or limit,
-        fingerprint=_fingerprint(directory, words, settings),
+        fingerprint=hashlib.sha256(json.dumps([model.digest, settings]).encode()).hexdigest(),
+        pretrained=model,
     )
+
+
+def load_pretrained(
+    source: str,
+    *,
+    head: Head = "",
+    dtype: Any = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    subfolder: str | None = None,
+    tokenizer: str | None = None,
+) -> Pretrained:
+    """Configuration and weights of a language model, with one of its heads; the arguments are load_text_encoder's."""
+    directory = sources.resolve(source, subfolder)
+    stored = directory
+    if directory.suffix == ".safetensors":
+        directory = directory.parent
+    values = registry.text_config(read_json(directory / "config.json"))
+    architecture = registry.architecture(values, f"{directory}/config.json", head)
+    abstract = jax.eval_shape(lambda: init_params(architecture.build, jax.random.key(0)))
+    shapes = {name: leaf.shape for name, leaf in flatten(abstract)}
+    placed = None
+    if mesh is not None:
+        placed = dict(flatten(param_shardings(mesh, logical_axes(architecture.build), abstract)))
+    params = weights.load(
+        stored,
+        architecture.tensors(),
+        shapes,
+        ignored=architecture.ignored,
+        prefixes=architecture.prefixes,
+        dtype=dtype,
+        shardings=placed,
+    )
+    words = sources.resolve(tokenizer) if tokenizer else sources.tokenizer_directory(directory)
+    files = [*weights.files(stored), *sources.tokenizer_files(words)[:1]]
+    digest = hashlib.sha256("".join(map(sources.sha256, files)).encode()).hexdigest()
+    return Pretrained(directory, words, values, architecture, params, digest)
+
+
+def save_text_encoder(encoder: TextEncoder, directory: str | Path) -> None:
+    """Write a Hugging Face directory with the encoder's weights (as they are), configuration, tokenizer and a digest.
+
+    transformers loads it to the same outputs; load_text_encoder refuses it once a byte of the weights has changed."""
+    if encoder.pretrained is None:
+        raise UserError("this text encoder was not read from a Hugging Face directory: save the ones it is made of")
+    save_pretrained(encoder.pretrained, encoder.params, directory)
+
+
+def save_pretrained(model: Pretrained, params: Params, directory: str | Path) -> None:
+    from safetensors.numpy import save_file
+
+    target = Path(directory)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty: choose a new directory")
+    target.mkdir(parents=True, exist_ok=True)
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(jax.device_get(params))}
+    kept = dict.fromkeys([*sources.tokenizer_files(model.tokenizer_directory), *sources.extra_files(model.directory)])
+    for file in kept:
+        root = model.directory if file.is_relative_to(model.directory) else model.tokenizer_directory
+        (target / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / file.relative_to(root))
+    name = "model.safetensors"
+    save_file(weights.stored(flat, model.architecture.tensors()), target / name, metadata={"format": "pt"})
+    (target / weights.DIGEST).write_text(json.dumps({name: sources.sha256(target / name)}))
+    (target / "config.json").write_text(json.dumps(model.values, indent=2))  # last: without it the directory is no model
 
 
 def check_prompts(encoder: TextEncoder, prompts: Sequence[str], negative_prompt: str = "") -> list[str]:
@@ -147,56 +217,88 @@ def check_prompts(encoder: TextEncoder, prompts: Sequence[str], negative_prompt:
     return warnings
 
 
-def _layer_indices(layers: Layers, depth: int) -> tuple[int, ...]:
-    wanted = (-1,) if layers == "last" else (layers,) if isinstance(layers, int) else layers
+def pad(rows: Sequence[Sequence[int]], length: int, padding: int) -> dict[str, np.ndarray]:
+    """Token ids in a rectangle, padded at the end, with their mask."""
+    ids = np.full((len(rows), length), padding, np.int32)
+    mask = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def read_json(file: Path, default: Any = None) -> Any:
+    """A file's JSON object; raises UserError where it is missing (and there is no default) or broken."""
+    if not file.is_file() and default is not None:
+        return default
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {file.parent} is no whole Hugging Face model directory") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no valid JSON ({error}); download it again") from None
+    if not isinstance(values, dict if default is None else type(default)):
+        raise UserError(f"{file} holds no {'object' if default is None else 'such thing as a ' + type(default).__name__}")
+    return values
+
+
+def _limit(directory: Path, words: Path, architecture: Architecture) -> int:
+    """How many tokens a caption may have: the least of what the model, the tokenizer and the sentence encoder say."""
+    said = [read_json(directory / "sentence_bert_config.json", {}).get("max_seq_length")]
+    said.append(read_json(words / "tokenizer_config.json", {}).get("model_max_length"))
+    # Tokenizers without a limit say 10^30.
+    return min([architecture.max_length, *(int(n) for n in said if isinstance(n, int | float) and 2 <= n < 10**9)])
+
+
+def _joined(layers: Layers, architecture: Architecture) -> tuple[Callable[[list[jax.Array], jax.Array], jax.Array], int]:
+    """(states, last) -> float32 hidden [B, T, D], and D."""
+    depth, width = architecture.depth, architecture.hidden_size
+    if layers == "last":
+        return lambda states, last: last, width
+    if layers == "average":
+
+        def average(states: list[jax.Array], last: jax.Array) -> jax.Array:
+            every = jnp.stack([*states[:-1], last]).astype(jnp.float32)
+            centred = every - every.mean(-1, keepdims=True)
+            return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)).mean(0)
+
+        return average, width
+    wanted = (layers,) if isinstance(layers, int) else layers
     if not isinstance(wanted, tuple) or not wanted or not all(isinstance(i, int) and -depth - 1 <= i <= depth for i in wanted):
-        raise UserError(f'layers={layers!r}: "last", an index from {-depth - 1} to {depth}, or a tuple of them')
-    return tuple(i % (depth + 1) for i in wanted)
+        raise UserError(
+            f'layers={layers!r}: "last", "average", an index from {-depth - 1} to {depth}, or a tuple of such indices'
+        )
+    return lambda states, last: jnp.concatenate([states[i] for i in wanted], axis=-1).astype(jnp.float32), width * len(wanted)
 
 
-def _pooling(directory: Path) -> Any:
-    """The pooling that sentence-transformers' files in the directory define; without them, the first token (CLS)."""
+def _pooling(directory: Path) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """(last, mask) -> pooled as sentence-transformers' files in the directory define it; None without such files."""
 
-    def first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        return hidden[:, 0]
+    def mean(last: jax.Array, mask: jax.Array) -> jax.Array:
+        weights = mask[..., None].astype(last.dtype)
+        return (last * weights).sum(1) / jnp.maximum(weights.sum(1), 1e-9)
 
-    def mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        weights = mask[..., None].astype(hidden.dtype)
-        return (hidden * weights).sum(1) / jnp.maximum(weights.sum(1), 1e-9)
+    modes = {
+        "pooling_mode_mean_tokens": mean,
+        "pooling_mode_cls_token": lambda last, mask: last[:, 0],
+        "pooling_mode_lasttoken": last_token,
+    }
+    file = directory / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return None
+    chosen = [name for name, on in read_json(file).items() if name.startswith("pooling_mode_") and on is True]
+    if len(chosen) != 1 or chosen[0] not in modes:
+        raise UserError(f"{file}: {', '.join(chosen) or 'no mode'} is not supported; one of {', '.join(modes)} is")
+    pool = modes[chosen[0]]
+    if any("Normalize" in module.get("type", "") for module in read_json(directory / "modules.json", [])):
+        return lambda last, mask: _normalise(pool(last, mask))
+    return pool
 
-    def normalised_first(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        return _normalise(first(hidden, mask))
 
-    def normalised_mean(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-        return _normalise(mean(hidden, mask))
-
-    config = _json(directory / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
-    modes = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
-    normalise = any("Normalize" in module.get("type", "") for module in _json(directory / "modules.json", []))
-    if modes == ["pooling_mode_mean_tokens"]:
-        return normalised_mean if normalise else mean
-    if modes == ["pooling_mode_cls_token"]:
-        return normalised_first if normalise else first
-    raise UserError(f"{directory}/1_Pooling/config.json: {', '.join(modes)} is not supported; mean or cls token is")
+def last_token(last: jax.Array, mask: jax.Array) -> jax.Array:
+    """The hidden state of each caption's last real token, [B, D]."""
+    at = jnp.max(jnp.where(mask > 0, jnp.arange(mask.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(last, at[:, None, None], axis=1)[:, 0]
 
 
 def _normalise(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def _json(file: Path, default: Any = None) -> Any:
-    if not file.is_file() and default is not None:
-        return default
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: {file.parent} is no whole Hugging Face model directory") from None
-    except (UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}); download it again") from None
-
-
-def _fingerprint(directory: Path, words: Path, settings: dict[str, Any]) -> str:
-    """SHA-256 over the weights' and the tokenizer's files and whatever else changes the features."""
-    names = [file for file in (words / "tokenizer.json", words / "vocab.txt") if file.is_file()][:1]
-    parts = [sources.sha256(file) for file in [*weights.files(directory), *names]]
-    return hashlib.sha256(json.dumps([parts, settings]).encode()).hexdigest()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
 from jaxgen.errors import UserError
@@ -16,18 +17,57 @@ OFFLINE = {
     ),
 }
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
+VOCABULARIES = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def resolve(source: str, subfolder: str | None = None) -> Path:
-    """The directory of a local path, of an installed offline copy, or of a Hub id (downloaded once).
+    """The directory of a local path, of an installed offline copy, or of a Hub id (downloaded once); or a safetensors file.
 
     Raises UserError where there is none or the copy is not the one that was pinned."""
     directory = Path(source).expanduser()
+    if directory.suffix == ".safetensors" and directory.is_file():
+        return directory
     if not directory.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise UserError(f"text.source={source}: no such directory; give one, or a Hub id such as {next(iter(OFFLINE))}")
         directory = _offline(source) or _download(source)
+    if subfolder and not (directory / subfolder).is_dir():
+        raise UserError(f"text.subfolder={subfolder}: {directory} has no such directory")
     return directory / subfolder if subfolder else directory
+
+
+def tokenizer_directory(directory: Path) -> Path:
+    """Where a model's tokenizer is: in its directory, or, as diffusers lays it out, beside it (text_encoder_2, tokenizer_2)."""
+    beside = directory.parent / directory.name.replace("text_encoder", "tokenizer")
+    return beside if not tokenizer_files(directory) and tokenizer_files(beside) else directory
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a tokenizer, the one that defines it first; none where there is no tokenizer."""
+    defining = [directory / name for name in ("tokenizer.json", *VOCABULARIES) if (directory / name).is_file()]
+    names = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+    return [*defining, *(directory / name for name in names if (directory / name).is_file())] if defining else []
+
+
+def extra_files(directory: Path) -> list[Path]:
+    """The files that sentence-transformers adds to a model's directory."""
+    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """{"pad_token": "<pad>", ...} as the tokenizer's files name them."""
+    found: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            values = json.loads((directory / name).read_text())
+        except (OSError, ValueError):
+            continue
+        for key, token in values.items() if isinstance(values, dict) else ():
+            content = token.get("content") if isinstance(token, dict) else token
+            if key.endswith("_token") and isinstance(content, str):
+                found[key] = content
+    return found
 
 
 def _offline(source: str) -> Path | None:

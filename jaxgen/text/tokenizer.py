@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 
 from jaxgen.errors import UserError
+from jaxgen.text import sources
+
+BATCH = 10_000  # captions a call: a call's results are large Python objects
 
 
 class Tokenizer:
-    """Reads tokenizer.json with `tokenizers`; where a model has none, transformers' own tokenizer is asked."""
+    """Reads tokenizer.json with `tokenizers`; where a model has none, transformers' own tokenizer is asked.
 
-    def __init__(self, directory: Path):
+    template: "... {} ...", put around each caption. cut: how many tokens stand before the caption in it."""
+
+    def __init__(self, directory: Path, template: str | None = None):
         file = directory / "tokenizer.json"
         if file.is_file():
             import tokenizers
@@ -26,19 +31,30 @@ class Tokenizer:
         # Files may carry the truncation and padding of their last use.
         self._fast.no_truncation()
         self._fast.no_padding()
-        self._unknown = next((i for t in ("[UNK]", "<unk>") if (i := self._fast.token_to_id(t)) is not None), None)
-        self.padding = next((i for t in ("[PAD]", "<pad>") if (i := self._fast.token_to_id(t)) is not None), 0)
+        named = sources.special_tokens(directory)
+        self._unknown = self._first("[UNK]", "<unk>", named.get("unk_token"))
+        self.end = self._first(named.get("eos_token"), "</s>", "<|endoftext|>", "[SEP]")
+        padding = self._first(named.get("pad_token"), "[PAD]", "<pad>")
+        self.padding: int = next((i for i in (padding, self.end) if i is not None), 0)
+        self._before, self._after, self.cut = "", "", 0
+        if template is not None:
+            self._template(template)
 
     def encode(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of each caption, its special tokens included, truncated to max_length (the last token is kept)."""
+        """Token ids of each caption, its special tokens included, truncated to max_length (besides a template's tokens).
+
+        What the tokenizer puts at the end of a caption (or the template after it) is kept. None is empty: a caption without any
+        token is one padding token."""
         out = []
-        for encoding in self._fast.encode_batch(list(captions)):
-            ids = encoding.ids
-            if len(ids) > max_length:
-                special = encoding.special_tokens_mask[-1]
-                ids = [*ids[: max_length - 1], ids[-1]] if special else ids[:max_length]
-            out.append(ids)
+        for start in range(0, len(captions), BATCH):
+            texts = [f"{self._before}{caption}{self._after}" for caption in captions[start : start + BATCH]]
+            for encoding in self._fast.encode_batch(texts):
+                out.append(self._truncated(encoding, max_length) or [self.padding])
         return out
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._fast.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def count(self, caption: str) -> int:
         """Tokens of the caption, special ones included, before any truncation."""
@@ -49,11 +65,33 @@ class Tokenizer:
         encoding = self._fast.encode(caption, add_special_tokens=False)
         return float(np.mean([i == self._unknown for i in encoding.ids])) if encoding.ids else 0.0
 
+    def _truncated(self, encoding: Any, max_length: int) -> list[int]:
+        ids, limit = encoding.ids, max_length + self.cut
+        if len(ids) <= limit:
+            return ids
+        kept = self._kept if self._after else int(encoding.special_tokens_mask[-1])
+        return [*ids[: limit - kept], *ids[len(ids) - kept :]]
+
+    def _template(self, template: str) -> None:
+        if template.count("{}") != 1:
+            raise UserError(f"text.template={template!r} needs {{}} once, where the caption goes")
+        self._before, self._after = template.split("{}")
+        with_special, bare = (self._fast.encode(self._before, add_special_tokens=on) for on in (True, False))
+        # Special tokens that the tokenizer puts in front count; those it puts behind come after the caption.
+        leading = next((i for i, special in enumerate(with_special.special_tokens_mask) if not special), 0)
+        self.cut = leading + len(bare.ids) if bare.ids else leading
+        trailing = len(with_special.ids) - leading - len(bare.ids)
+        self._kept = max(trailing, 0) + len(self._fast.encode(self._after, add_special_tokens=False).ids)
+
+    def _first(self, *tokens: str | None) -> int | None:
+        """The id of the first of the tokens that the vocabulary has."""
+        return next((i for token in tokens if token and (i := self._fast.token_to_id(token)) is not None), None)
+
 
 def _from_transformers(directory: Path) -> Any:
-    names = ("vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-    if not any((directory / name).is_file() for name in names):
-        raise UserError(f"{directory} has no tokenizer: tokenizer.json (or {', '.join(names)}) belongs beside the weights")
+    if not sources.tokenizer_files(directory):
+        names = ", ".join(sources.VOCABULARIES)
+        raise UserError(f"{directory} has no tokenizer: tokenizer.json (or {names}) belongs beside the weights")
     try:
         from transformers import AutoTokenizer
     except ImportError:

@@ -1,9 +1,16 @@
-"""Hugging Face safetensors into parameter trees, strictly: every tensor is used or named as ignored, all are checked."""
+"""Hugging Face safetensors into parameter trees and back, strictly: every tensor is used or named as ignored, all are checked.
 
+Each architecture has one table: the flat name of each of our arrays -> where it lies in their files."""
+
+import contextlib
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -11,65 +18,182 @@ from jaxgen.errors import UserError
 from jaxgen.nn.module import Params, unflatten
 
 PICKLES = ("pytorch_model.bin", "model.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
+DIGEST = "digest.json"  # {file: SHA-256}, written by save_text_encoder
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one of our arrays lies: the tensor's name and its layout.
+
+    transposed: stored as [out, in] (PyTorch's Linear), ours is [in, out].
+    part: (i, n), ours is the i-th of n equal parts of the stored array along our last axis (a fused q, k, v).
+    alias: another name under which some files have it."""
+
+    name: str
+    transposed: bool = False
+    part: tuple[int, int] = (0, 1)
+    alias: str | None = None
+
+
+Table = Mapping[str, Tensor]
+
+
+def linear(ours: str, theirs: str, *, bias: bool = True) -> dict[str, Tensor]:
+    """A PyTorch Linear in one of ours."""
+    table = {f"{ours}.kernel": Tensor(f"{theirs}.weight", transposed=True)}
+    return table | ({f"{ours}.bias": Tensor(f"{theirs}.bias")} if bias else {})
+
+
+def norm(ours: str, theirs: str, *, bias: bool = True) -> dict[str, Tensor]:
+    """A PyTorch LayerNorm (or, without bias, RMSNorm) in one of ours."""
+    table = {f"{ours}.scale": Tensor(f"{theirs}.weight")}
+    return table | ({f"{ours}.bias": Tensor(f"{theirs}.bias")} if bias else {})
 
 
 def load(
-    directory: Path,
-    table: dict[str, tuple[str, bool]],
-    shapes: dict[str, tuple[int, ...]],
+    source: Path,
+    table: Table,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
     ignored: tuple[str, ...] = (),
     prefixes: tuple[str, ...] = (),
+    dtype: Any = np.float32,
+    shardings: Mapping[str, Any] | None = None,
 ) -> Params:
-    """float32 parameters from `directory`'s model.safetensors (single, or sharded with an index).
+    """Parameters from the safetensors of a directory, or from one file.
 
-    table: their name -> (ours, transposed); shapes: our name -> shape; ignored: name prefixes of tensors left out;
-    prefixes: what may stand before every name. Raises UserError naming the tensor that is missing, surplus, misshapen
-    or not finite, or the file that is missing, broken or a pickle."""
-    sources: dict[str, Path] = {}
-    for file in files(directory):
-        for name in _open(file).keys():  # noqa: SIM118 (no mapping)
-            plain = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-            if not any(plain.startswith(skip) for skip in ignored):
-                if plain not in table:
-                    raise UserError(f"{file}: tensor {name} belongs to no part of this architecture (surplus)")
-                sources[plain] = file
-    missing = sorted(table.keys() - sources.keys())
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{directory}: tensor {missing[0]} is missing{more}; download the model's files again")
-    flat: dict[str, Any] = {}
-    for file in sorted(set(sources.values())):
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                plain = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-                if sources.get(plain) == file:
-                    ours, transposed = table[plain]
-                    flat[ours] = _read(opened, file, name, shapes[ours], transposed)
-    return unflatten(flat)
+    table: our flat name -> Tensor; shapes: our flat name -> shape; ignored: regular expressions for the start of names that
+    are left out; prefixes: what may stand before a name; shardings: our flat name -> Sharding, whereupon only the slices
+    that this process owns are read. Raises UserError naming the tensor that is missing, surplus, misshapen or not finite, or
+    the file that is missing, broken, changed or a pickle."""
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(_open(file)) for file in files(source)}
+        found: dict[str, tuple[Path, str]] = {}  # plain name -> file, name there
+        wanted = {name for t in table.values() for name in (t.name, t.alias) if name}
+        for file, reader in opened.items():
+            for name in reader.keys():  # noqa: SIM118 (no mapping)
+                options = [name, *(name.removeprefix(p) for p in prefixes if name.startswith(p))]
+                plain = next((n for n in options if n in wanted), None)
+                if plain is None:
+                    if not any(re.match(skip, n) for skip in ignored for n in options):
+                        raise UserError(f"{file}: tensor {name} belongs to no part of this architecture (surplus)")
+                elif plain in found:
+                    raise UserError(
+                        f"{file}: tensor {name} is there twice, the other is {found[plain][1]} in {found[plain][0]}"
+                    )
+                else:
+                    found[plain] = (file, name)
+        places = {ours: found.get(t.name) or found.get(t.alias or "") for ours, t in table.items()}
+        missing = sorted({table[ours].name for ours, place in places.items() if place is None})
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{source}: tensor {missing[0]} is missing{more}; download the model's files again")
+        flat: dict[str, Any] = {}
+        for ours, place in places.items():
+            assert place is not None
+            file, name = place
+            reader = _Reader(opened[file], file, name, table[ours], shapes[ours], dtype)
+            whole = tuple(slice(0, size) for size in shapes[ours])
+            flat[ours] = jax.numpy.asarray(reader.read(whole)) if shardings is None else reader.placed(shardings[ours])
+        return unflatten(flat)
 
 
-def files(directory: Path) -> list[Path]:
-    """The safetensors files of a model's directory."""
-    index = directory / "model.safetensors.index.json"
+class _Reader:
+    """One of our arrays, whole or by the slice, from an open file."""
+
+    def __init__(self, opened: Any, file: Path, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: Any):
+        self.file, self.name, self.tensor, self.shape, self.dtype = file, name, tensor, shape, dtype
+        self.slices = opened.get_slice(name)
+        full = (*shape[:-1], shape[-1] * tensor.part[1])
+        wanted, found = full[::-1] if tensor.transposed else full, tuple(self.slices.get_shape())
+        if found != wanted:
+            raise UserError(f"{file}: tensor {name} has shape {list(found)} and config.json asks for {list(wanted)}")
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Our array's slice; `index` has a start and a stop on each axis."""
+        *first, last = index
+        shift = self.tensor.part[0] * self.shape[-1]
+        theirs = (*first, slice(last.start + shift, last.stop + shift))
+        try:
+            value = self.slices[theirs[::-1] if self.tensor.transposed else theirs]
+        except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # the last for 8-bit floats
+            raise UserError(f"{self.file}: tensor {self.name} cannot be read ({error}); download it again") from None
+        if value.dtype.kind not in "fV":  # bfloat16 is of kind V
+            raise UserError(f"{self.file}: tensor {self.name} is {value.dtype}, not a floating-point one")
+        value = np.ascontiguousarray((value.T if self.tensor.transposed else value).astype(self.dtype))
+        if not np.isfinite(value.sum(dtype=np.float32)) and not np.isfinite(value).all():  # the sum first: it needs no memory
+            raise UserError(f"{self.file}: tensor {self.name} holds NaN or infinity; download it again")
+        return value
+
+    def placed(self, sharding: Any) -> jax.Array:
+        """Our array over devices; a slice that several of them here share is read once."""
+        kept: dict[Any, np.ndarray] = {}
+
+        def slice_of(index: Any) -> np.ndarray:
+            bounds = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, self.shape, strict=True))
+            key = tuple((s.start, s.stop) for s in bounds)
+            if key not in kept:
+                kept[key] = self.read(bounds)
+            return kept[key]
+
+        return jax.make_array_from_callback(self.shape, sharding, slice_of)
+
+
+def stored(flat: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
+    """The inverse of `load`: our arrays by flat name -> theirs."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for ours, tensor in table.items():
+        parts.setdefault(tensor.name, {})[tensor.part[0]] = flat[ours]
+    turned = {t.name for t in table.values() if t.transposed}
+    whole = {name: np.concatenate([some[i] for i in sorted(some)], axis=-1) for name, some in parts.items()}
+    return {name: np.ascontiguousarray(a.T if name in turned else a) for name, a in whole.items()}
+
+
+def files(source: Path) -> list[Path]:
+    """The safetensors files of a model's directory: those of its index, model.safetensors, or the only one there is."""
+    if source.suffix == ".safetensors":
+        return _unchanged([source])
+    index = source / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is no valid index ({error}); download it again") from None
         for name in names:
-            if not (directory / name).is_file():
-                raise UserError(f"{directory / name} is missing, which {index.name} names; download it again")
-        return [directory / name for name in names]
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
-    pickled = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+            if not isinstance(name, str) or "/" in name or not (source / name).is_file():
+                raise UserError(f"{source / str(name)} is missing, which {index.name} names; download it again")
+        return _unchanged([source / name for name in names])
+    single = sorted(source.glob("*.safetensors"))
+    if source / "model.safetensors" in single:
+        return _unchanged([source / "model.safetensors"])
+    if len(single) > 1:
+        raise UserError(f"{source} has {', '.join(f.name for f in single)} and no index: give the one to read as the source")
+    if single:
+        return _unchanged(single)
+    pickled = sorted(path.name for pattern in PICKLES for path in source.glob(pattern))
     if pickled:
         raise UserError(
-            f"{directory} has only {pickled[0]}, a pickle, which can run code and is not read: take the model's "
-            "safetensors revision, or write one with transformers' save_pretrained(..., safe_serialization=True)"
+            f"{source} has only {pickled[0]}, a pickle, which can run code and is not read: take the model's safetensors "
+            f'revision, or convert it: pip install "jaxgen[torch]"; python -m jaxgen.text.convert {source} NEW_DIRECTORY'
         )
-    raise UserError(f"{directory} has no model.safetensors; give a Hugging Face model directory that has one")
+    raise UserError(f"{source} has no model.safetensors; give a Hugging Face model directory that has one")
+
+
+def _unchanged(chosen: list[Path]) -> list[Path]:
+    """The files, checked against the digest beside them if there is one."""
+    from jaxgen.text.sources import sha256
+
+    digest = chosen[0].parent / DIGEST if chosen else None
+    if digest is None or not digest.is_file():
+        return chosen
+    try:
+        known = {str(name): str(value) for name, value in json.loads(digest.read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{digest} is no valid JSON ({error}); write or download the model again") from None
+    for file in chosen:
+        if file.name in known and sha256(file) != known[file.name]:
+            raise UserError(f"{file} is not the file that {digest.name} was made for (its SHA-256 differs): get it again")
+    return chosen
 
 
 def _open(file: Path) -> Any:
@@ -77,20 +201,3 @@ def _open(file: Path) -> Any:
         return safe_open(str(file), "numpy")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no whole safetensors file ({error}); download it again") from None
-
-
-def _read(opened: Any, file: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
-    found = tuple(opened.get_slice(name).get_shape())
-    wanted = shape[::-1] if transposed else shape
-    if found != wanted:
-        raise UserError(f"{file}: tensor {name} has shape {list(found)} and config.json asks for {list(wanted)}")
-    try:
-        value = opened.get_tensor(name)
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # the last for 8-bit floats
-        raise UserError(f"{file}: tensor {name} cannot be read ({error}); download it again") from None
-    if value.dtype.kind not in "fV":  # bfloat16 is of kind V
-        raise UserError(f"{file}: tensor {name} is {value.dtype}, not a floating-point one")
-    value = np.ascontiguousarray(value.T if transposed else value).astype(np.float32)
-    if not np.isfinite(value).all():
-        raise UserError(f"{file}: tensor {name} holds NaN or infinity; download it again")
-    return value

@@ -21,6 +21,7 @@ from jaxgen.nn.module import flatten, init_params
 from jaxgen.parallel import runtime
 from jaxgen.text import bert
 from jaxgen.text.sources import resolve
+from jaxgen.text.weights import stored
 from jaxgen.train.config import EvalConfig, RunConfig
 from jaxgen.train.evaluation import keep_best
 
@@ -51,12 +52,9 @@ def small_encoder(directory):
     config = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 8, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
     shape = bert.BertConfig.from_hf(config, "")
-    flat = dict(flatten(init_params(lambda rngs: bert.Bert(shape, rngs), jax.random.key(0))))
-    tensors = {
-        theirs: np.asarray(flat[ours].T if turned else flat[ours]) for theirs, (ours, turned) in bert.tensors(shape).items()
-    }
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(init_params(shape.build, jax.random.key(0)))}
     directory.mkdir()
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, directory / "model.safetensors")
+    save_file(stored(flat, shape.tensors()), directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
     shutil.copy(resolve("sentence-transformers/all-MiniLM-L6-v2") / "tokenizer.json", directory)
 

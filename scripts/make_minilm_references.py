@@ -1,6 +1,6 @@
 """Writes tests/text/references/minilm.npz: hidden states of all-MiniLM-L6-v2 from transformers and PyTorch.
 
-    python scripts/make_bert_references.py MODEL_DIRECTORY
+    python scripts/make_minilm_references.py MODEL_DIRECTORY
 
 Needs torch and transformers (extra `torch`). Every 24th feature of each real token is kept, and the pooled vectors whole."""
 
