@@ -57,8 +57,8 @@ class BertConfig:
         chosen = take(values, where, names, tuple(theirs[name] for name in required))
         if head == "classification":
             chosen["num_labels"] = len(values.get("id2label") or {}) or values.get("num_labels") or 2
-        chosen = {"kind": kind, "head": head, "pad_token_id": int(kind == "roberta")} | chosen
-        config = cls(**chosen)
+        given: dict[str, Any] = {"kind": kind, "head": head, "pad_token_id": int(kind == "roberta")} | chosen
+        config = cls(**given)
         check_heads(config.hidden_size, config.num_attention_heads, where)
         return config
 

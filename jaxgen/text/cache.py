@@ -1,7 +1,8 @@
 """Captions encoded once, ahead of training, where the encoder would cost more than the step (a CPU)."""
 
-import hashlib
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -9,15 +10,18 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
+from jaxgen.errors import UserError
 from jaxgen.storage import Path, write_bytes, write_json
 from jaxgen.text.encoder import TextEncoder
 from jaxgen.text.features import TextFeatures
 
 BATCH = 128
+SHARE = 0.5  # of the host's memory that a table may take
 
 
 class CaptionTable:
-    """Features of a fixed set of captions, the empty one included; float16 in memory, float32 on the way out."""
+    """Features of a fixed set of captions, the empty one included; float16 in memory where that holds them (the states of
+    some language models are too large for it), float32 on the way out."""
 
     def __init__(self, captions: Sequence[str], hidden: np.ndarray, pooled: np.ndarray, lengths: np.ndarray):
         self.index = {caption: i for i, caption in enumerate(captions)}
@@ -31,27 +35,41 @@ class CaptionTable:
 
 
 def encode_captions(encoder: TextEncoder, captions: Iterable[str], path: Path | None = None) -> CaptionTable:
-    """A table of all distinct captions; kept under `path`, and read from there when encoder and captions are the same."""
+    """A table of all distinct captions.
+
+    It is kept under `path`, with the encoder's fingerprint: what is there by the same encoder is taken from there, caption by
+    caption, and what another one wrote is not used. Raises UserError, before anything is encoded, where the table would not
+    fit into memory."""
     unique = sorted({*captions, ""})
-    key = hashlib.sha256(json.dumps([encoder.fingerprint, unique]).encode()).hexdigest()
-    if path is not None and (kept := _read(path, key, unique)) is not None:
+    kept = _read(path, encoder.fingerprint) if path is not None else None
+    new = [caption for caption in unique if kept is None or caption not in kept.index]
+    if kept is not None and not new and len(kept.index) == len(unique):
         return kept
-    table = _encode(encoder, unique)
+    tokens = encoder.count(new)
+    check_size(len(unique), int(tokens.max(initial=1)), encoder.hidden_size, _memory())
+    table = _encode(encoder, new, tokens) if kept is None else _joined(unique, kept, _encode(encoder, new, tokens))
     if path is not None:
         for name, value in (("hidden", table.hidden), ("pooled", table.pooled), ("lengths", table.lengths)):
             write_bytes(path / f"{name}.npy", _npy(value))
-        write_json(path / "key.json", {"key": key, "captions": len(unique)})  # last: without it the rest does not count
+        # Last: without it the rest does not count.
+        write_json(path / "key.json", {"fingerprint": encoder.fingerprint, "captions": list(table.index)})
     return table
 
 
-def _encode(encoder: TextEncoder, captions: Sequence[str]) -> CaptionTable:
+def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
+    """Raises UserError where a table of float16 would take more than its share of `memory` bytes."""
+    size = captions * tokens * width * 2
+    if size > SHARE * memory:
+        raise UserError(
+            f"a table of {captions:,} captions x {tokens} tokens x {width} features would take {_bytes(size)}, more than "
+            f"{SHARE:.0%} of this host's {_bytes(memory)}: encode inside the step, with --config.text.in_step=True"
+        )
+
+
+def _encode(encoder: TextEncoder, captions: Sequence[str], tokens: np.ndarray) -> CaptionTable:
     """Captions of like length together, over all local devices, so that little of the work is padding."""
-    ids = encoder.tokenizer.encode(captions, encoder.max_length)
-    lengths = np.array([len(row) for row in ids], np.int32)
     # Multiples of 4: short captions differ by a few tokens, and a program more costs a second.
-    steps = sorted({int(min(-(-n // 4) * 4, encoder.max_length)) for n in lengths})
-    hidden = np.zeros((len(captions), int(lengths.max()), encoder.hidden_size), np.float16)
-    pooled = np.zeros((len(captions), encoder.pooled_size), np.float16)
+    steps = sorted({int(min(-(-n // 4) * 4, encoder.lengths[-1])) for n in tokens})
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -59,42 +77,78 @@ def _encode(encoder: TextEncoder, captions: Sequence[str]) -> CaptionTable:
     params = jax.device_put(encoder.params, whole)
     apply = jax.jit(encoder.apply)
     batch = -(-BATCH // len(devices)) * len(devices)
+    hidden = np.zeros((len(captions), 0, encoder.hidden_size), np.float16)
+    pooled = np.zeros((len(captions), encoder.pooled_size), np.float32)
+    lengths = np.zeros(len(captions), np.int32)
     began = told = time.monotonic()
     done = 0
-    for shorter, step in zip([0, *steps], steps, strict=False):
-        rows = np.flatnonzero((lengths > shorter) & (lengths <= step))
+    for shorter, step in reversed(list(zip([0, *steps], steps, strict=False))):  # the longest first: it sets the width
+        rows = np.flatnonzero((tokens > shorter) & (tokens <= step))
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
-            tokens = encoder.tokenize([captions[i] for i in some] + [""] * (batch - len(some)), length=step)
-            features = apply(params, *(jax.device_put(tokens[k], split) for k in ("input_ids", "attention_mask")))
-            keep = min(step, hidden.shape[1])
-            hidden[some, :keep] = np.asarray(features.hidden)[: len(some), :keep]
+            ids = encoder.tokenize([captions[i] for i in some] + [""] * (batch - len(some)), length=step)
+            features = apply(params, *(jax.device_put(ids[k], split) for k in ("input_ids", "attention_mask")))
+            states, mask = np.asarray(features.hidden)[: len(some)], np.asarray(features.mask)[: len(some)]
+            if not hidden.shape[1]:
+                hidden = np.zeros((len(captions), states.shape[1], encoder.hidden_size), np.float16)
+            if hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
+                hidden = hidden.astype(np.float32)
+            hidden[some, : states.shape[1]] = states
             pooled[some] = np.asarray(features.pooled)[: len(some)]
+            lengths[some] = mask.sum(1)
             done += len(some)
             if time.monotonic() - told > 5:
                 told = time.monotonic()
                 left = (told - began) / done * (len(captions) - done)
                 print(f"encoding captions: {done} of {len(captions)}, {left:.0f} s left", file=sys.stderr, flush=True)
+    return CaptionTable(captions, hidden[:, : lengths.max(initial=1)], pooled, lengths)
+
+
+def _joined(captions: Sequence[str], *tables: CaptionTable) -> CaptionTable:
+    """The rows of `captions`, each from the table that has it."""
+    width = max(table.hidden.shape[1] for table in tables)
+    dtype = np.result_type(*(table.hidden for table in tables))
+    hidden = np.zeros((len(captions), width, tables[0].hidden.shape[2]), dtype)
+    pooled = np.zeros((len(captions), tables[0].pooled.shape[1]), np.float32)
+    lengths = np.zeros(len(captions), np.int32)
+    for table in tables:
+        here = [(i, table.index[caption]) for i, caption in enumerate(captions) if caption in table.index]
+        ours, theirs = np.array(here, int).reshape(-1, 2).T
+        hidden[ours, : table.hidden.shape[1]] = table.hidden[theirs]
+        pooled[ours], lengths[ours] = table.pooled[theirs], table.lengths[theirs]
     return CaptionTable(captions, hidden, pooled, lengths)
 
 
-def _read(path: Path, key: str, captions: Sequence[str]) -> CaptionTable | None:
+def _read(path: Path, fingerprint: str) -> CaptionTable | None:
     try:
-        if json.loads((path / "key.json").read_text())["key"] != key:
+        key = json.loads((path / "key.json").read_text())
+        if key["fingerprint"] != fingerprint:
             return None
-        with (
-            (path / "hidden.npy").open("rb") as a,
-            (path / "pooled.npy").open("rb") as b,
-            (path / "lengths.npy").open("rb") as c,
-        ):
-            return CaptionTable(captions, np.load(a), np.load(b), np.load(c))
-    except (OSError, ValueError, KeyError):
+        arrays = []
+        for name in ("hidden", "pooled", "lengths"):
+            with (path / f"{name}.npy").open("rb") as file:
+                arrays.append(np.load(file))
+        if {len(array) for array in arrays} != {len(key["captions"])}:
+            return None
+        return CaptionTable(key["captions"], *arrays)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
 def _npy(value: np.ndarray) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     np.save(buffer, value)
     return buffer.getvalue()
+
+
+def _memory() -> int:
+    """Bytes of the host's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -56,19 +56,26 @@ class TextEncoder:
         self.params, self.apply, self.tokenizer = params, apply, tokenizer
         self.hidden_size, self.pooled_size, self.max_length = hidden_size, pooled_size, max_length
         self.fingerprint, self.pretrained = fingerprint, pretrained
-        # Few lengths, so that few programs are compiled.
-        self.lengths = [2**i for i in range(3, 31) if 2**i < max_length] + [max_length]
+        # Few lengths, so that few programs are compiled; besides a template's tokens, which all captions share.
+        self.lengths = [n + tokenizer.cut for n in [*(2**i for i in range(3, 31) if 2**i < max_length), max_length]]
         self._jitted = jax.jit(apply)
 
     def tokenize(self, captions: Sequence[str], length: int | None = None) -> dict[str, np.ndarray]:
         """{"input_ids", "attention_mask"}: int32 [B, T] each, T the smallest of `lengths` that holds them (or given).
 
-        Longer captions are cut to max_length."""
+        Longer captions are cut to max_length (and to a given length)."""
         if isinstance(captions, str):
             captions = [captions]
-        rows = self.tokenizer.encode(captions, self.max_length)
-        longest = max(map(len, rows), default=1)
-        return pad(rows, length or next(n for n in self.lengths if n >= longest), self.tokenizer.padding)
+        rows = self.tokenizer.encode(captions, min(self.max_length, (length or self.lengths[-1]) - self.tokenizer.cut))
+        return pad(rows, length or self.bucket(max(map(len, rows), default=1)), self.tokenizer.padding)
+
+    def count(self, captions: Sequence[str]) -> np.ndarray:
+        """int32 [N]: how many tokens each caption takes, a template's included, at most max_length besides those."""
+        return np.array([len(row) for row in self.tokenizer.encode(captions, self.max_length)], np.int32)
+
+    def bucket(self, count: int) -> int:
+        """The smallest of `lengths` that holds `count` tokens."""
+        return next(n for n in self.lengths if n >= count)
 
     def __call__(self, input_ids: Any, attention_mask: Any = None) -> TextFeatures:
         """Features of token ids int32 [B, T] with their mask, or of a caption or a list of captions."""
