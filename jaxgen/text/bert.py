@@ -135,6 +135,12 @@ class Bert(nnx.Module):
             self.labels = Linear(d, c.num_labels, rngs, axes=("embed", None))
 
     def __call__(self, ids: jax.Array, mask: jax.Array, dtype: Any = jnp.float32) -> tuple[list[jax.Array], jax.Array]:
+        states = [self.embed(ids, mask, dtype)]
+        for layer in self.layers:
+            states.append(layer(states[-1], mask > 0))
+        return states, states[-1]
+
+    def embed(self, ids: jax.Array, mask: jax.Array, dtype: Any) -> jax.Array:
         """Every token of one sentence is of type 0."""
         positions = jnp.arange(ids.shape[1])
         if self.config.kind == "roberta":
@@ -143,10 +149,7 @@ class Bert(nnx.Module):
         x = self.words(ids) + self.positions(positions)
         if self.config.kind != "distilbert":
             x = x + self.types(jnp.zeros((), jnp.int32))
-        states = [self.norm(x).astype(dtype)]
-        for layer in self.layers:
-            states.append(layer(states[-1], mask > 0))
-        return states, states[-1]
+        return self.norm(x).astype(dtype)
 
     def pool(self, last: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
         return last[:, 0]  # CLS
