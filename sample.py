@@ -20,6 +20,7 @@ def main() -> None:
     which.add_argument("--model", default="flow", help="a model that ships with the package (default: flow)")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts_file", help="a text file, a prompt a line")
+    parser.add_argument("--expand", nargs="?", const="", help="say prompts in more words first, with this language model")
     parser.add_argument("--negative_prompt", default="", help="what to steer away from")
     parser.add_argument("--num_images", type=int, default=4, help="a prompt (default: 4)")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the model's own)")
@@ -47,8 +48,13 @@ def main() -> None:
     from jaxgen.evaluate.pictures import save_png, sheet
     from jaxgen.storage import as_path
     from jaxgen.text import check_prompts
+    from jaxgen.text.expand import DEFAULT, expand_prompts
 
     model = jaxgen.load(args.workdir or args.model)
+    asked = prompts
+    if args.expand is not None:
+        prompts = expand_prompts(prompts, args.expand or DEFAULT, seed=args.seed)
+        print("\n".join(prompts))
     for warning in check_prompts(model.encoder, prompts, args.negative_prompt):
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -61,6 +67,8 @@ def main() -> None:
     # Files
     settings = model.settings(**settings) | {"negative_prompt": args.negative_prompt, "step": model.step}
     settings["model"] = args.workdir or args.model
+    if args.expand is not None:
+        settings["asked"] = asked
     captions = [prompt for prompt in prompts for _ in range(args.num_images)]
     if args.out_dir:
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):

@@ -19,7 +19,7 @@ def get_config() -> RunConfig:
             time_mean=0.4,
             sample_shift=3.0,
         ),
-        data=DataConfig(name="emoji", image_size=64),
+        data=DataConfig(name="emoji", image_size=64, skin_tones=False),
         train=TrainConfig(steps=7500, batch_size=32, ema_decay=0.999, checkpoint_every=500),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(

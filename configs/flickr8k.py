@@ -2,8 +2,7 @@
 
     uv run train.py --config=configs/flickr8k.py --config.data.source=DIR
 
-DIR is the unpacked data set as published. Meant for one GPU; eight thousand pictures teach colours and layouts of scenes,
-not objects. Not trained to its end yet: no time and no score to state.
+DIR is the unpacked data set as published. Eight thousand pictures teach the colours and the layouts of scenes, not objects.
 """
 
 from jaxgen.data.config import DataConfig
@@ -15,16 +14,27 @@ from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleCo
 def get_config() -> RunConfig:
     return RunConfig(
         family=Flow(
-            network=UNet(widths=(64, 128, 256), down=(1, 2, 2), up=(2, 2, 2), attention=("none", "text", "joint"), dropout=0.1),
+            network=UNet(patch=4, widths=(96, 192), down=(1, 2), up=(2, 2), head_dim=32, dropout=0.1),
             time_mean=0.4,
             sample_shift=3.0,
         ),
         data=DataConfig(name="flickr8k", image_size=64),
-        train=TrainConfig(steps=20_000, batch_size=64, ema_decay=0.9995),
-        optimizer=OptimizerConfig(name="muon", learning_rate=1e-3, schedule="trapezoid"),
+        train=TrainConfig(steps=6000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
+        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(
-            prompts=("a dog runs through the grass", "a child in a red shirt", "a man surfing on a wave", "people on a street"),
+            prompts=(
+                "a dog runs through the grass",
+                "a child in a red shirt",
+                "a man surfing on a wave",
+                "people on a street at night",
+                "a snowboarder in the snow",
+                "two dogs on the beach",
+            ),
             num_images=4,
+            num_steps=25,
+            guidance_scale=3.0,
+            sampler="euler",
+            every=1500,
         ),
-        eval=EvalConfig(every=2000, patience=4),
+        eval=EvalConfig(every=1500, patience=3),
     )

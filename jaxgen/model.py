@@ -20,6 +20,7 @@ from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, read_json, write_bytes, write_json, write_text
 from jaxgen.text import TextEncoder, load_text_encoder
+from jaxgen.text.adapt import adapted, text_of, with_text
 from jaxgen.train.config import RunConfig
 
 FORMAT = 1
@@ -34,7 +35,8 @@ class Model:
     def __init__(
         self, config: RunConfig, params: Params, encoder: TextEncoder, mesh: jax.sharding.Mesh | None = None, step: int = 0
     ):
-        self.config, self.encoder, self.step = config, encoder, step
+        self.config, self.step = config, step
+        self.encoder = adapted(encoder, config.text.adapt, text_of(params))
         self.image = (config.data.image_size, config.data.image_size, 3)
         if mesh is None:
             mesh = jax.sharding.Mesh(np.array(jax.local_devices()).reshape(-1, 1), ("data", "fsdp"))
@@ -169,7 +171,7 @@ def load(name_or_path: str) -> Model:
     config = configs.finalize(configs.from_dict(RunConfig, values, f"{directory}/config.json"))
     encoder = load_text_encoder(config.text.source, max_length=config.text.max_length)
     shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
-    abstract = jax.eval_shape(lambda: config.family.init(jax.random.key(0), shapes))
+    abstract = jax.eval_shape(lambda base: _init(config, shapes, base, encoder.pretrained), encoder.params)
     if exported is not None:
         params, meta = _read_weights(directory / "model.safetensors", abstract), exported
     else:
@@ -204,6 +206,11 @@ def export(workdir: str, directory: str, *, dtype: str = "float16", note: str = 
 def read_weights(name_or_path: str) -> dict[str, np.ndarray]:
     """Flat float32 EMA weights of a workdir, an exported directory or a shipped model."""
     return {name: np.asarray(leaf, np.float32) for name, leaf in flatten(jax.device_get(load(name_or_path).params))}
+
+
+def _init(config: RunConfig, shapes: Shapes, base: Params, pretrained: Any) -> Params:
+    key, architecture = jax.random.key(0), pretrained and pretrained.architecture
+    return with_text(config.family.init(key, shapes), config.text.adapt.init(key, base, architecture))
 
 
 def _read_checkpoint(directory: Path, abstract: Params) -> tuple[Params, dict[str, Any]]:

@@ -3,9 +3,10 @@
     python scripts/make_text_references.py [NAME ...]
 
 Needs torch and transformers (extra `torch`). A case's JSON: {"model": transformers' class, "config": {fields that
-differ from the class's defaults}, "head": "" | "lm" | "classification"}. Kept are the tensors' names and shapes as
-transformers saves them, its config.json, token ids (three rows, padded at the end), all hidden states, the last one, the
-pooled vector where the model has one, the head's logits, and with "lm" 64 tokens of greedy generation (padded in front)."""
+differ from the class's defaults}, "head": "" | "lm" | "classification", "lengths": of the rows}. Kept are the tensors' names
+and shapes as transformers saves them, its config.json, token ids (three rows, padded at the end), all hidden states, the last
+one, the pooled vector where the model has one, the head's logits, and with "lm" 64 tokens of greedy generation (padded in
+front)."""
 
 import json
 import sys
@@ -43,12 +44,15 @@ def reference(case: Case) -> dict[str, np.ndarray]:
         write(directory, saved, shapes)
         model = cls.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
     text = saved.get("text_config", saved)
-    ids, mask = tokens(text, text["vocab_size"])
+    ids, mask = tokens(text, text["vocab_size"], case.spec.get("lengths", LENGTHS))
     padded = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
     with torch.no_grad():
-        result = model(**padded, output_hidden_states=True)
+        run = getattr(model, "get_text_features", model)  # of CLIP's two halves
+        if getattr(model.config, "is_encoder_decoder", False):
+            run = model.get_encoder()
+        result = run(**padded, output_hidden_states=True)
         states = torch.stack(result.hidden_states)
-        base = getattr(model, model.base_model_prefix, model) if case.head else model
+        base = getattr(model, model.base_model_prefix, model) if case.head else run
         last = base(**padded).last_hidden_state
         out = {"ids": ids, "mask": mask, "states": states.numpy(), "last": last.numpy()}
         for key in ("text_embeds", "pooler_output", "logits"):
@@ -65,15 +69,15 @@ def reference(case: Case) -> dict[str, np.ndarray]:
     return out | {"tensors": np.array(json.dumps(shapes)), "config": np.array(json.dumps(saved))}
 
 
-def tokens(config: dict, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+def tokens(config: dict, vocabulary: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[np.ndarray, np.ndarray]:
     """ids and mask [3, 11] of rows that end with the end token; no special token stands elsewhere."""
     special = {config.get(f"{kind}_token_id") for kind in ("pad", "bos", "eos", "decoder_start")} | {0, 1, 2}
     plain = [i for i in range(vocabulary) if i not in special]
     draw = np.random.RandomState(0)
-    ids = np.full((len(LENGTHS), max(LENGTHS)), config.get("pad_token_id") or 0, np.int64)
+    ids = np.full((len(lengths), max(lengths)), config.get("pad_token_id") or 0, np.int64)
     mask = np.zeros_like(ids)
     end = config.get("eos_token_id")
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         ids[row, :length] = draw.choice(plain, length)
         if isinstance(end, int):
             ids[row, length - 1] = end

@@ -70,7 +70,7 @@ def test_files_that_are_no_configuration(tmp_path):
             config.load(str(file))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "scenes", "emoji", "flickr8k", "coco_dit_xl_tpu"])
+@pytest.mark.parametrize("name", ["quickstart", "scenes", "scenes_zh", "emoji", "flickr8k", "coco_dit_xl_tpu"])
 def test_every_configuration_survives_json(name):
     c = config.load(f"configs/{name}.py")
     assert config.from_dict(RunConfig, config.to_dict(c)) == c

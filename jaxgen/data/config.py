@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from jaxgen.errors import UserError
 
+LANGUAGES = ("en", "zh")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -15,6 +17,8 @@ class DataConfig:
     dir: str = "~/.cache/jaxgen/data"  # prepared sets are kept here; may be remote
     train_examples: int = 50_000  # scenes only: how many to draw
     paraphrases: int = 1  # scenes only: further captions of each training picture
+    languages: tuple[str, ...] = ("en",)  # scenes only: of the captions, "en" and "zh"; their order does not matter
+    skin_tones: bool = True  # emoji only: the five skin tones of people and hands, too; half of the set
     caption_template: str | None = None  # tfds only: for sets with class labels, "a photo of a {label}"
     flip: bool | None = None  # mirror half of the pictures; by default as the set allows
     crop: bool | None = None  # random crops of an eighth; by default as the set allows
@@ -30,5 +34,8 @@ class DataConfig:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
         if self.paraphrases < 0 or self.max_bad < 0 or self.keep_in_memory < 0:
             raise UserError("data.paraphrases, data.max_bad and data.keep_in_memory cannot be negative")
+        unknown = [language for language in self.languages if language not in LANGUAGES]
+        if unknown or not self.languages:
+            raise UserError(f"data.languages={','.join(self.languages)}: choose from {', '.join(LANGUAGES)}")
         if self.caption_template is not None and "{label}" not in self.caption_template:
             raise UserError(f"data.caption_template={self.caption_template!r} needs a {{label}} in it")

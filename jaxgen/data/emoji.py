@@ -19,12 +19,14 @@ class Emoji:
     """Not mirrored: arrows, letters, clocks and hands have sides. Not cropped: every picture is framed tightly."""
 
     source: Path
+    skin_tones: bool = True
     flip = False
     crop = False
 
     def identity(self) -> str:
         lines = [line for style in self._styles() for line in self._lines(style)]
-        return "v1_" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+        return f"v1_{digest}{'' if self.skin_tones else '_plain'}"
 
     def splits(self) -> tuple[str, ...]:
         return ("train", "validation", "test")
@@ -36,8 +38,11 @@ class Emoji:
                     entry = json.loads(line)
                     file, name = str(entry["file"]), str(entry["name"])
                     keywords = [str(keyword) for keyword in entry.get("keywords", [])]
+                    toned = bool(entry.get("skin_tone", False))
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(f"{self.source / style}/captions.jsonl, line {number + 1}: {error}") from None
+                if toned and not self.skin_tones:
+                    continue
                 # By the name, so that both styles and all skin tones of an emoji fall into the same split.
                 share = int(hashlib.sha256(name.split(":")[0].encode()).hexdigest()[:8], 16) % 100
                 if split != ("test" if share < 5 else "validation" if share < 10 else "train"):

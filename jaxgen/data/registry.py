@@ -14,8 +14,8 @@ from jaxgen.errors import UserError
 from jaxgen.storage import Path, as_path
 
 RECIPES: dict[str, Callable[[DataConfig, str], Any]] = {
-    "scenes": lambda c, _: Scenes(c.image_size, c.train_examples, c.paraphrases),
-    "emoji": lambda c, _: Emoji(_directory(c)),
+    "scenes": lambda c, _: Scenes(c.image_size, c.train_examples, c.paraphrases, languages=c.languages),
+    "emoji": lambda c, _: Emoji(_directory(c), c.skin_tones),
     "flickr8k": lambda c, _: Flickr8k(_directory(c)),
     "folder": lambda c, path: Folder(as_path(path)),
     "tfds": lambda c, name: TfdsSet(name, c.source, c.caption_template),

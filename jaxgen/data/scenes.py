@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from jaxgen.data import scenes_zh
+from jaxgen.data.config import LANGUAGES
 from jaxgen.data.recipe import Example
 
 BACKGROUND = (128, 128, 128)
@@ -27,7 +29,8 @@ SIZES = {"small": 1 / 8, "large": 0.21}  # radius as a share of S
 RELATIONS = {"left": (1, 0), "right": (-1, 0), "above": (0, 1), "below": (0, -1)}  # where B lies, seen from A
 KINDS = ("single", "relation", "count")
 KIND_SHARES = (0.25, 0.5, 0.25)
-SPLITS = ("train", "validation", "test", "test_unseen_pairs", "test_paraphrases")
+# A split's place seeds its examples: new ones go at the end.
+SPLITS = ("train", "validation", "test", "test_unseen_pairs", "test_paraphrases", "test_zh")
 # Never drawn in training: each colour once, each shape at least once.
 UNSEEN_PAIRS = frozenset(
     [
@@ -253,13 +256,17 @@ def _sentence(words: Sequence[str], kind: str) -> str:
     return named[0] if kind == "single" else f"{named[0]} {words[3]} {named[1]}"
 
 
-def caption(scene: Scene) -> str:
+def caption(scene: Scene, language: str = "en") -> str:
     """The canonical caption."""
+    if language == "zh":
+        return scenes_zh.caption(scene)
     return _sentence(_words(scene), scene.kind)
 
 
-def paraphrase(scene: Scene, rng: np.random.Generator, split: str = "train") -> str:
+def paraphrase(scene: Scene, rng: np.random.Generator, split: str = "train", language: str = "en") -> str:
     """Another way to say it. For `test_paraphrases`: the held-out sentence with exactly one held-out synonym."""
+    if language == "zh":
+        return scenes_zh.paraphrase(scene, rng)
     words = _words(scene)
     if split == "test_paraphrases":
         swapped = int(rng.integers(len(words)))
@@ -273,20 +280,31 @@ def paraphrase(scene: Scene, rng: np.random.Generator, split: str = "train") -> 
 # --- Examples ---------------------------------------------------------------------------------------------------------
 
 
-def example(split: str, index: int, seed: int = 0, paraphrases: int = 1, size: int = 32) -> tuple[Scene, list[str]]:
-    """Scene and captions of one example. Training: the canonical caption, then paraphrases; else the split's one."""
+def example(
+    split: str, index: int, seed: int = 0, paraphrases: int = 1, size: int = 32, languages: Sequence[str] = ("en",)
+) -> tuple[Scene, list[str]]:
+    """Scene and captions of one example: in each language the canonical caption, in training then paraphrases.
+
+    `test_paraphrases` has one caption, English; `test_zh` one, Chinese. The order of `languages` does not matter, and further
+    ones change neither the scene nor its English captions."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = draw_scene(rng, split, size)
     if split == "test_paraphrases":
         return scene, [paraphrase(scene, rng, split)]
-    extra = paraphrases if split == "train" else 0
-    return scene, [caption(scene), *(paraphrase(scene, rng, split) for _ in range(extra))]
+    if split == "test_zh":
+        return scene, [caption(scene, "zh")]
+    captions = []
+    for language in LANGUAGES:
+        if language in languages:
+            captions.append(caption(scene, language))
+            captions += [paraphrase(scene, rng, split, language) for _ in range(paraphrases if split == "train" else 0)]
+    return scene, captions
 
 
-def prompts(split: str, count: int, seed: int = 0) -> Iterator[tuple[str, Scene]]:
+def prompts(split: str, count: int, seed: int = 0, language: str = "en") -> Iterator[tuple[str, Scene]]:
     """(caption, scene) pairs to draw and judge."""
     for index in range(count):
-        scene, captions = example(split, index, seed)
+        scene, captions = example(split, index, seed, languages=(language,))
         yield captions[0], scene
 
 
@@ -298,19 +316,22 @@ class Scenes:
     train_examples: int = 50_000
     paraphrases: int = 1
     seed: int = 0
+    languages: tuple[str, ...] = ("en",)
     flip = False
     crop = False
 
     def identity(self) -> str:
-        return f"{self.size}px_{self.train_examples}_{self.paraphrases}_{self.seed}"
+        spoken = [language for language in LANGUAGES if language in self.languages]
+        more = [] if spoken == ["en"] else spoken  # sets were prepared before there was a choice
+        return "_".join([f"{self.size}px_{self.train_examples}_{self.paraphrases}_{self.seed}", *more])
 
     def splits(self) -> tuple[str, ...]:
-        return SPLITS
+        return SPLITS if "zh" in self.languages else tuple(split for split in SPLITS if split != "test_zh")
 
     def examples(self, split: str) -> Iterator[Example]:
         import cv2
 
         for index in range(self.train_examples if split == "train" else 1000):
-            scene, captions = example(split, index, self.seed, self.paraphrases, self.size)
+            scene, captions = example(split, index, self.seed, self.paraphrases, self.size, self.languages)
             pixels = np.ascontiguousarray(render(scene, self.size)[:, :, ::-1])
             yield Example(str(index), cv2.imencode(".png", pixels)[1].tobytes(), captions, scene.to_json())

@@ -17,16 +17,18 @@ class Draws(Protocol):
     sample: Callable[..., np.ndarray]
 
 
-def accuracy(model: Draws, split: str = "validation", count: int = 1000, seed: int = 0, **settings: Any) -> dict[str, float]:
+def accuracy(
+    model: Draws, split: str = "validation", count: int = 1000, seed: int = 0, language: str = "en", **settings: Any
+) -> dict[str, float]:
     """Draw one picture for each of `count` prompts of a split and judge it: shares under eval/ names, by kind too."""
-    return judge(model, split, count, seed, **settings)[0]
+    return judge(model, split, count, seed, language, **settings)[0]
 
 
 def judge(
-    model: Draws, split: str, count: int, seed: int = 0, **settings: Any
+    model: Draws, split: str, count: int, seed: int = 0, language: str = "en", **settings: Any
 ) -> tuple[dict[str, float], np.ndarray, list[str], np.ndarray]:
     """(shares, pictures uint8 [N, S, S, 3], captions, exact bool [N])."""
-    pairs = list(prompts(split, count))
+    pairs = list(prompts(split, count, language=language))
     captions = [caption for caption, _ in pairs]
     images = model.sample(captions, seed=seed, **settings)
     verdict = verify(images, [scene for _, scene in pairs])

@@ -15,7 +15,7 @@ from jaxgen.storage import Path, write_bytes, write_json
 from jaxgen.text.encoder import TextEncoder
 from jaxgen.text.features import TextFeatures
 
-BATCH = 128
+BATCH = 64
 SHARE = 0.5  # of the host's memory that a table may take
 
 
@@ -68,8 +68,6 @@ def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
 
 def _encode(encoder: TextEncoder, captions: Sequence[str], tokens: np.ndarray) -> CaptionTable:
     """Captions of like length together, over all local devices, so that little of the work is padding."""
-    # Multiples of 4: short captions differ by a few tokens, and a program more costs a second.
-    steps = sorted({int(min(-(-n // 4) * 4, encoder.lengths[-1])) for n in tokens})
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -82,25 +80,26 @@ def _encode(encoder: TextEncoder, captions: Sequence[str], tokens: np.ndarray) -
     lengths = np.zeros(len(captions), np.int32)
     began = told = time.monotonic()
     done = 0
-    for shorter, step in reversed(list(zip([0, *steps], steps, strict=False))):  # the longest first: it sets the width
-        rows = np.flatnonzero((tokens > shorter) & (tokens <= step))
-        for start in range(0, len(rows), batch):
-            some = rows[start : start + batch]
-            ids = encoder.tokenize([captions[i] for i in some] + [""] * (batch - len(some)), length=step)
-            features = apply(params, *(jax.device_put(ids[k], split) for k in ("input_ids", "attention_mask")))
-            states, mask = np.asarray(features.hidden)[: len(some)], np.asarray(features.mask)[: len(some)]
-            if not hidden.shape[1]:
-                hidden = np.zeros((len(captions), states.shape[1], encoder.hidden_size), np.float16)
-            if hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
-                hidden = hidden.astype(np.float32)
-            hidden[some, : states.shape[1]] = states
-            pooled[some] = np.asarray(features.pooled)[: len(some)]
-            lengths[some] = mask.sum(1)
-            done += len(some)
-            if time.monotonic() - told > 5:
-                told = time.monotonic()
-                left = (told - began) / done * (len(captions) - done)
-                print(f"encoding captions: {done} of {len(captions)}, {left:.0f} s left", file=sys.stderr, flush=True)
+    order = np.argsort(-tokens, kind="stable")  # the longest first: it sets the width
+    for start in range(0, len(order), batch):
+        some = order[start : start + batch]
+        # Multiples of 4: a program more costs a second.
+        length = int(min(-(-tokens[some[0]] // 4) * 4, encoder.lengths[-1]))
+        ids = encoder.tokenize([captions[i] for i in some] + [""] * (batch - len(some)), length)
+        features = apply(params, *(jax.device_put(ids[k], split) for k in ("input_ids", "attention_mask")))
+        states, mask = np.asarray(features.hidden)[: len(some)], np.asarray(features.mask)[: len(some)]
+        if not hidden.shape[1]:
+            hidden = np.zeros((len(captions), states.shape[1], encoder.hidden_size), np.float16)
+        if hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
+            hidden = hidden.astype(np.float32)
+        hidden[some, : states.shape[1]] = states
+        pooled[some] = np.asarray(features.pooled)[: len(some)]
+        lengths[some] = mask.sum(1)
+        done += len(some)
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            left = (told - began) / done * (len(captions) - done)
+            print(f"encoding captions: {done} of {len(captions)}, {left:.0f} s left", file=sys.stderr, flush=True)
     return CaptionTable(captions, hidden[:, : lengths.max(initial=1)], pooled, lengths)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from jaxgen.errors import UserError
 from jaxgen.nn.module import Params, bind, flatten, init_params, logical_axes
 from jaxgen.parallel.mesh import param_shardings
 from jaxgen.text import registry, sources, weights
-from jaxgen.text.architecture import Architecture, Head
+from jaxgen.text.adapt import fitted
+from jaxgen.text.architecture import Architecture, Head, last_token
 from jaxgen.text.features import TextFeatures
+from jaxgen.text.sources import read_json
 from jaxgen.text.tokenizer import Tokenizer
 
 Layers = str | int | tuple[int, ...]
@@ -114,14 +117,15 @@ def load_text_encoder(
     model = load_pretrained(source, dtype=dtype, mesh=mesh, subfolder=subfolder, tokenizer=tokenizer)
     architecture, directory = model.architecture, model.directory
     limit = _limit(directory, model.tokenizer_directory, architecture)
-    if max_length is not None and not 2 <= max_length <= architecture.max_length:
+    if max_length is not None and not (isinstance(max_length, int) and 2 <= max_length <= architecture.max_length):
         raise UserError(f"text.max_length={max_length}: {source} takes from 2 to {architecture.max_length} tokens")
     words = Tokenizer(model.tokenizer_directory, template)
+    _check_vocabulary(words, getattr(architecture, "vocab_size", math.inf), model.tokenizer_directory)
     join, hidden_size = _joined(layers, architecture)
     pool = _pooling(directory)
 
     def apply(params: Params, input_ids: jax.Array, attention_mask: jax.Array) -> TextFeatures:
-        module = bind(architecture.build, params)
+        module = bind(fitted(architecture, params).build, params)
         states, last = module(input_ids, attention_mask, dtype)
         last = last.astype(jnp.float32)
         pooled = pool(last, attention_mask) if pool else module.pool(last, input_ids, attention_mask)
@@ -153,7 +157,7 @@ def load_pretrained(
     """Configuration and weights of a language model, with one of its heads; the arguments are load_text_encoder's."""
     directory = sources.resolve(source, subfolder)
     stored = directory
-    if directory.suffix == ".safetensors":
+    if directory.is_file():
         directory = directory.parent
     values = registry.text_config(read_json(directory / "config.json"))
     architecture = registry.architecture(values, f"{directory}/config.json", head)
@@ -194,6 +198,8 @@ def save_pretrained(model: Pretrained, params: Params, directory: str | Path) ->
         raise UserError(f"{target} is not empty: choose a new directory")
     target.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(leaf) for name, leaf in flatten(jax.device_get(params))}
+    if more := sorted(flat.keys() - model.architecture.tensors().keys()):
+        raise UserError(f"{more[0]} has no place in a Hugging Face directory: save the adapter (jaxgen.text.peft.save_adapter)")
     kept = dict.fromkeys([*sources.tokenizer_files(model.tokenizer_directory), *sources.extra_files(model.directory)])
     for file in kept:
         root = model.directory if file.is_relative_to(model.directory) else model.tokenizer_directory
@@ -233,19 +239,19 @@ def pad(rows: Sequence[Sequence[int]], length: int, padding: int) -> dict[str, n
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def read_json(file: Path, default: Any = None) -> Any:
-    """A file's JSON object; raises UserError where it is missing (and there is no default) or broken."""
-    if not file.is_file() and default is not None:
-        return default
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: {file.parent} is no whole Hugging Face model directory") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}); download it again") from None
-    if not isinstance(values, dict if default is None else type(default)):
-        raise UserError(f"{file} holds no {'object' if default is None else 'such thing as a ' + type(default).__name__}")
-    return values
+def _check_vocabulary(words: Tokenizer, size: float, directory: Path) -> None:
+    """Raises UserError where a caption can have a token id beyond the embedding's rows, which would read another row.
+
+    Special tokens that no caption has may lie there: those for pictures, of models that also come without their eyes."""
+    fast = words._fast
+    special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
+    ordinary = max((i for i in fast.get_vocab().values() if i not in special), default=0)
+    largest = max(ordinary, words.padding, *fast.encode("").ids)
+    if largest >= size:
+        raise UserError(
+            f"{directory}: the tokenizer has a token with id {largest}, and the embedding of the weights {size} rows: they "
+            "belong to different models"
+        )
 
 
 def _limit(directory: Path, words: Path, architecture: Architecture) -> int:
@@ -296,15 +302,12 @@ def _pooling(directory: Path) -> Callable[[jax.Array, jax.Array], jax.Array] | N
     if len(chosen) != 1 or chosen[0] not in modes:
         raise UserError(f"{file}: {', '.join(chosen) or 'no mode'} is not supported; one of {', '.join(modes)} is")
     pool = modes[chosen[0]]
-    if any("Normalize" in module.get("type", "") for module in read_json(directory / "modules.json", [])):
+    modules = read_json(directory / "modules.json", [])
+    if not all(isinstance(module, dict) for module in modules):
+        raise UserError(f"{directory / 'modules.json'} is no list of modules; download it again")
+    if any("Normalize" in str(module.get("type")) for module in modules):
         return lambda last, mask: _normalise(pool(last, mask))
     return pool
-
-
-def last_token(last: jax.Array, mask: jax.Array) -> jax.Array:
-    """The hidden state of each caption's last real token, [B, D]."""
-    at = jnp.max(jnp.where(mask > 0, jnp.arange(mask.shape[1]), 0), axis=1)
-    return jnp.take_along_axis(last, at[:, None, None], axis=1)[:, 0]
 
 
 def _normalise(x: jax.Array) -> jax.Array:

@@ -4,7 +4,9 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from jaxgen.errors import UserError
 
@@ -24,10 +26,10 @@ def resolve(source: str, subfolder: str | None = None) -> Path:
     """The directory of a local path, of an installed offline copy, or of a Hub id (downloaded once); or a safetensors file.
 
     Raises UserError where there is none or the copy is not the one that was pinned."""
-    directory = Path(source).expanduser()
-    if directory.suffix == ".safetensors" and directory.is_file():
+    directory = Path(os.path.expanduser(source))
+    if directory.suffix == ".safetensors" and os.path.isfile(directory) and not subfolder:
         return directory
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path's, it is False too for a name too long for the system
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise UserError(f"text.source={source}: no such directory; give one, or a Hub id such as {next(iter(OFFLINE))}")
         directory = _offline(source) or _download(source)
@@ -59,15 +61,28 @@ def special_tokens(directory: Path) -> dict[str, str]:
     """{"pad_token": "<pad>", ...} as the tokenizer's files name them."""
     found: dict[str, str] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            values = json.loads((directory / name).read_text())
-        except (OSError, ValueError):
-            continue
-        for key, token in values.items() if isinstance(values, dict) else ():
+        for key, token in read_json(directory / name, {}).items():
             content = token.get("content") if isinstance(token, dict) else token
             if key.endswith("_token") and isinstance(content, str):
                 found[key] = content
     return found
+
+
+def read_json(file: Path, default: Any = None) -> Any:
+    """A file's JSON object; raises UserError where it is missing (and there is no default) or broken."""
+    if not file.exists() and default is not None:
+        return default
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {file.parent} is no whole Hugging Face model directory") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no valid JSON ({error}); download it again") from None
+    if not isinstance(values, dict if default is None else type(default)):
+        raise UserError(f"{file} holds no {'object' if default is None else 'such thing as a ' + type(default).__name__}")
+    return values
 
 
 def _offline(source: str) -> Path | None:
@@ -83,7 +98,7 @@ def _offline(source: str) -> Path | None:
 
 def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=WANTED))
@@ -91,6 +106,8 @@ def _download(source: str) -> Path:
         raise UserError(f"text.source={source} asks for a licence: accept it on its page, then `hf auth login`") from None
     except RepositoryNotFoundError:
         raise UserError(f"text.source={source} is not on the Hub (or is private: `hf auth login`)") from None
+    except HFValidationError:
+        raise UserError(f"text.source={source!r}: no such directory, and no Hub id either") from None
     except (LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -99,11 +116,19 @@ def _download(source: str) -> Path:
         ) from None
 
 
-@functools.cache
 def sha256(file: Path) -> str:
     """Hex digest of a file's bytes."""
     try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        status = file.stat()
+        return _sha256(file, status.st_size, status.st_mtime_ns)
     except OSError:
         raise UserError(f"{file} cannot be read; download the model's files again") from None
+
+
+@functools.cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+sha256.cache_clear = _sha256.cache_clear  # ty: ignore[missing-attribute]

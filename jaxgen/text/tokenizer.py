@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxgen.errors import UserError
-from jaxgen.text import sources
+from jaxgen.text import sentencepiece, sources
 
 BATCH = 10_000  # captions a call: a call's results are large Python objects
 
@@ -92,6 +92,8 @@ def _from_transformers(directory: Path) -> Any:
     if not sources.tokenizer_files(directory):
         names = ", ".join(sources.VOCABULARIES)
         raise UserError(f"{directory} has no tokenizer: tokenizer.json (or {names}) belongs beside the weights")
+    if (directory / "spiece.model").is_file():
+        return sentencepiece.read(directory / "spiece.model")
     try:
         from transformers import AutoTokenizer
     except ImportError:

@@ -4,6 +4,7 @@ Each architecture has one table: the flat name of each of our arrays -> where it
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgen.errors import UserError
 from jaxgen.nn.module import Params, unflatten
+from jaxgen.text.sources import read_json, sha256
 
 PICKLES = ("pytorch_model.bin", "model.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
 DIGEST = "digest.json"  # {file: SHA-256}, written by save_text_encoder
+DTYPES = ("F64", "F32", "F16", "BF16")
+# Bytes read at once: all that loading takes beside the parameters, and few enough to be turned within a core's cache.
+BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def load(
                 plain = next((n for n in options if n in wanted), None)
                 if plain is None:
                     if not any(re.match(skip, n) for skip in ignored for n in options):
-                        raise UserError(f"{file}: tensor {name} belongs to no part of this architecture (surplus)")
+                        raise UserError(f"{file}: tensor {_line(name)} belongs to no part of this architecture (surplus)")
                 elif plain in found:
                     raise UserError(
                         f"{file}: tensor {name} is there twice, the other is {found[plain][1]} in {found[plain][0]}"
@@ -94,7 +99,8 @@ def load(
             file, name = place
             reader = _Reader(opened[file], file, name, table[ours], shapes[ours], dtype)
             whole = tuple(slice(0, size) for size in shapes[ours])
-            flat[ours] = jax.numpy.asarray(reader.read(whole)) if shardings is None else reader.placed(shardings[ours])
+            # device_put, unlike asarray, makes no copy where the host is the device.
+            flat[ours] = jax.device_put(reader.read(whole)) if shardings is None else reader.placed(shardings[ours])
         return unflatten(flat)
 
 
@@ -104,24 +110,36 @@ class _Reader:
     def __init__(self, opened: Any, file: Path, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: Any):
         self.file, self.name, self.tensor, self.shape, self.dtype = file, name, tensor, shape, dtype
         self.slices = opened.get_slice(name)
+        if self.slices.get_dtype() not in DTYPES:
+            raise UserError(
+                f"{file}: tensor {name} is {self.slices.get_dtype()}, not a floating-point one ({', '.join(DTYPES)})"
+            )
         full = (*shape[:-1], shape[-1] * tensor.part[1])
         wanted, found = full[::-1] if tensor.transposed else full, tuple(self.slices.get_shape())
         if found != wanted:
             raise UserError(f"{file}: tensor {name} has shape {list(found)} and config.json asks for {list(wanted)}")
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Our array's slice; `index` has a start and a stop on each axis."""
+        """Our array's slice; `index` has a start and a stop on each axis.
+
+        Read in blocks of their rows into one buffer that the device then keeps, so that no tensor is there twice."""
         *first, last = index
         shift = self.tensor.part[0] * self.shape[-1]
-        theirs = (*first, slice(last.start + shift, last.stop + shift))
+        theirs = [*first, slice(last.start + shift, last.stop + shift)]
+        value = _empty([s.stop - s.start for s in index], self.dtype)
+        out = value.T if self.tensor.transposed else value
+        rows, *others = theirs[::-1] if self.tensor.transposed else theirs
+        step = max(1, BLOCK // (4 * math.prod(out.shape[1:])))
         try:
-            value = self.slices[theirs[::-1] if self.tensor.transposed else theirs]
-        except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:  # the last for 8-bit floats
+            with np.errstate(all="ignore"):  # what overflows is found below
+                for start in range(rows.start, rows.stop, step):
+                    block = slice(start, min(start + step, rows.stop))
+                    out[start - rows.start : block.stop - rows.start] = self.slices[(block, *others)]
+                # The sum first: it needs no memory.
+                finite = np.isfinite(value.sum(dtype=np.float32)) or np.isfinite(value).all()
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
             raise UserError(f"{self.file}: tensor {self.name} cannot be read ({error}); download it again") from None
-        if value.dtype.kind not in "fV":  # bfloat16 is of kind V
-            raise UserError(f"{self.file}: tensor {self.name} is {value.dtype}, not a floating-point one")
-        value = np.ascontiguousarray((value.T if self.tensor.transposed else value).astype(self.dtype))
-        if not np.isfinite(value.sum(dtype=np.float32)) and not np.isfinite(value).all():  # the sum first: it needs no memory
+        if not finite:
             raise UserError(f"{self.file}: tensor {self.name} holds NaN or infinity; download it again")
         return value
 
@@ -151,17 +169,17 @@ def stored(flat: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray
 
 def files(source: Path) -> list[Path]:
     """The safetensors files of a model's directory: those of its index, model.safetensors, or the only one there is."""
-    if source.suffix == ".safetensors":
+    if source.suffix == ".safetensors" and not source.is_dir():
         return _unchanged([source])
     index = source / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is no valid index ({error}); download it again") from None
         for name in names:
             if not isinstance(name, str) or "/" in name or not (source / name).is_file():
-                raise UserError(f"{source / str(name)} is missing, which {index.name} names; download it again")
+                raise UserError(f"{_line(str(source / str(name)))} is missing, which {index.name} names; download it again")
         return _unchanged([source / name for name in names])
     single = sorted(source.glob("*.safetensors"))
     if source / "model.safetensors" in single:
@@ -181,18 +199,14 @@ def files(source: Path) -> list[Path]:
 
 def _unchanged(chosen: list[Path]) -> list[Path]:
     """The files, checked against the digest beside them if there is one."""
-    from jaxgen.text.sources import sha256
-
     digest = chosen[0].parent / DIGEST if chosen else None
-    if digest is None or not digest.is_file():
+    if digest is None or not digest.exists():
         return chosen
-    try:
-        known = {str(name): str(value) for name, value in json.loads(digest.read_text()).items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{digest} is no valid JSON ({error}); write or download the model again") from None
+    known = read_json(digest)
     for file in chosen:
-        if file.name in known and sha256(file) != known[file.name]:
-            raise UserError(f"{file} is not the file that {digest.name} was made for (its SHA-256 differs): get it again")
+        if sha256(file) != known.get(file.name):
+            why = "differs" if file.name in known else "is not there"
+            raise UserError(f"{file} is not the file that {digest.name} was made for (its SHA-256 {why}): get it again")
     return chosen
 
 
@@ -200,4 +214,18 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(str(file), "numpy")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no whole safetensors file ({error}); download it again") from None
+        raise UserError(f"{file} is no whole safetensors file ({_line(str(error))}); download it again") from None
+
+
+def _empty(shape: list[int], dtype: Any) -> np.ndarray:
+    """An array at a multiple of 64 bytes, which a CPU device takes over where it lies."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _line(text: str) -> str:
+    """What a broken file holds, on one line."""
+    return text if text.isprintable() else repr(text)

@@ -13,6 +13,7 @@ from jaxgen.model import Model
 from jaxgen.parallel.mesh import batch_sharding
 from jaxgen.storage import Path
 from jaxgen.text import TextEncoder
+from jaxgen.text.adapt import text_of
 from jaxgen.train.config import RunConfig
 from jaxgen.train.logging import Log
 from jaxgen.train.state import SAMPLE, TrainState, stream
@@ -42,14 +43,19 @@ def evaluate(
     if config.data.name == "scenes":
         from jaxgen.evaluate.accuracy import accuracy
 
-        scores |= accuracy(Model(config, state.ema_params, encoder, mesh), "validation", config.eval.count)
+        language = "en" if "en" in config.data.languages else config.data.languages[0]
+        scores |= accuracy(Model(config, state.ema_params, encoder, mesh), "validation", config.eval.count, language=language)
     if config.eval.metric not in scores:
         raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(scores)}")
     return scores
 
 
 def loss_of(config: RunConfig, params: Any, frozen: Any, batch: Any, key: jax.Array, encoder: TextEncoder) -> jax.Array:
-    text = batch["text"] if "text" in batch else encoder.apply(frozen["text"], batch["input_ids"], batch["attention_mask"])
+    if "text" in batch:
+        text = batch["text"]
+    else:
+        weights = config.text.adapt.merge(frozen["text"], text_of(params))
+        text = encoder.apply(weights, batch["input_ids"], batch["attention_mask"])
     image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
     losses = config.family.losses(params, frozen, {"image": image, "text": text}, key)
     return jnp.sum(jnp.stack([loss for loss, _ in losses.values()]))

@@ -18,11 +18,12 @@ from jaxgen.data.pipeline import Source, batches, load_source, to_device
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
 from jaxgen.model import read_weights
-from jaxgen.nn.module import flatten, unflatten
+from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
 from jaxgen.text import TextEncoder, load_text_encoder
+from jaxgen.text.adapt import keep_frozen, text_of, with_text
 from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.config import RunConfig
@@ -62,21 +63,26 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     encoder = load_text_encoder(config.text.source, max_length=config.text.max_length, mesh=mesh)
     source = load_source(config.data)
     in_step = config.text.in_step if config.text.in_step is not None else jax.default_backend() != "cpu"
+    in_step = in_step or config.text.adapted
     held_out = load_source(config.data, "validation") if config.eval.every else None
     table = None
     if not in_step:
         captions = [caption for split in (source, held_out) if split is not None for caption in split.captions()]
         table = encode_captions(encoder, captions, as_path(config.data.dir) / "captions" / config.data.name.replace("/", "_"))
     ready = featurize(encoder, table, source)
-    frozen = {"text": encoder.params} if in_step else {}
 
     # State
     shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
     groups = jax.eval_shape(lambda: family.init(jax.random.key(0), shapes))
-    optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh) for group in groups}
-    make = lambda: create(family, shapes, optimizers, config.seed)  # noqa: E731
-    abstract = jax.eval_shape(make)
-    where = shardings(abstract, family.logical_axes(shapes), mesh)
+    optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh, config.text) for group in groups}
+    adapt = config.text.adapt
+    architecture: Any = encoder.pretrained and encoder.pretrained.architecture
+
+    def make(base: Params) -> TrainState:
+        return create(family, shapes, optimizers, config.seed, lambda key: adapt.init(key, base, architecture))
+
+    abstract = jax.eval_shape(make, encoder.params)
+    where = shardings(abstract, with_text(family.logical_axes(shapes), adapt.axes(architecture)), mesh)
     abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, config.eval.score if config.eval.every else None)
     restored = checkpoints.restore(abstract)
@@ -87,9 +93,11 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
             raise UserError(f"{workdir} was begun with other text encoder files: restore those or choose another --workdir")
         control |= meta["control"]
     else:
-        state = jax.jit(make, out_shardings=where)()
+        state = jax.jit(make, out_shardings=where)(encoder.params)
         if config.train.init_from is not None:
             state = take_weights(state, config.train.init_from, config.train.init_skip, where)
+    keep_frozen(encoder, text_of(state.params))
+    frozen = {"text": encoder.params} if in_step else {}
     if jax.process_index() == 0:
         write_json(workdir / "config.json", configs.to_dict(config))
     step = first = int(state.step)
@@ -121,6 +129,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         accumulate=config.train.accumulate,
         compute_dtype=compute_dtype(config.train.compute_dtype),
         encode=encoder.apply if in_step else None,
+        adapt=adapt,
     )
     compiling = time.monotonic()
     compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated(mesh))).lower(state, frozen, batch).compile()
@@ -234,10 +243,12 @@ def claim(workdir: Path, config: RunConfig) -> None:
     previous = read_config(workdir)
     if previous is None or not Checkpoints(workdir, keep=None).steps():
         return  # new, or it came to nothing
+    previous = configs.to_dict(configs.from_dict(RunConfig, previous, f"{workdir}/config.json"))  # what is newer: its default
+    longer = config.optimizer.schedule == "constant" and not config.text.adapt.scheduled
     changed = [
         f"{name} ({old} there, {new} here)"
         for name, old, new in configs.differences(previous, configs.to_dict(config))
-        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and config.optimizer.schedule == "constant")
+        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and longer)
     ]
     if changed:
         raise UserError(

@@ -1,5 +1,6 @@
 """What training changes, and where it lies on a mesh."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from jaxgen.families.base import Family, Shapes
 from jaxgen.nn.module import Params
 from jaxgen.parallel.mesh import param_shardings, replicated
+from jaxgen.text.adapt import with_text
 
 # Every use of randomness has its own stream: fold_in(fold_in(key(seed), step), purpose).
-INIT, LOSS, SAMPLE = range(3)
+INIT, LOSS, SAMPLE, ADAPT = range(4)
 
 
 @jax.tree_util.register_dataclass
@@ -38,9 +40,15 @@ def stream(seed: int | jax.Array, step: int | jax.Array, purpose: int) -> jax.Ar
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def create(family: Family, shapes: Shapes, optimizers: dict[str, optax.GradientTransformation] | Any, seed: int) -> TrainState:
-    """A fresh state; pure, to be jitted with `shardings` as its output's. `optimizers(params)` makes one a group."""
-    params = family.init(stream(seed, 0, INIT), shapes)
+def create(
+    family: Family,
+    shapes: Shapes,
+    optimizers: dict[str, optax.GradientTransformation],
+    seed: int,
+    text: Callable[[jax.Array], Params] = lambda key: {},
+) -> TrainState:
+    """A fresh state; pure, to be jitted with `shardings` as its output's. `text` makes what is trained of the text encoder."""
+    params = with_text(family.init(stream(seed, 0, INIT), shapes), text(stream(seed, 0, ADAPT)))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

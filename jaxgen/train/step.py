@@ -9,6 +9,7 @@ import optax
 
 from jaxgen.families.base import Family
 from jaxgen.nn.module import Params
+from jaxgen.text.adapt import TEXT, Adaptation, Frozen, text_of
 from jaxgen.text.features import TextFeatures
 from jaxgen.train.state import LOSS, TrainState, stream
 
@@ -25,17 +26,27 @@ def make_step(
     accumulate: int = 1,
     compute_dtype: Any = jnp.float32,
     encode: Callable[[Params, jax.Array, jax.Array], TextFeatures] | None = None,
+    adapt: Adaptation | None = None,
 ) -> Step:
     """step(state, frozen, batch) -> (state, metrics), pure, to be jitted with the state donated.
 
     batch: "image" uint8 [B, H, W, C] and either "text" (TextFeatures of B captions) or "input_ids" and
-    "attention_mask" int32 [B, T], which `encode(frozen["text"], ids, mask)` turns into features.
+    "attention_mask" int32 [B, T], which `encode(frozen["text"], ids, mask)` turns into features; with an
+    adaptation that trains anything, inside the loss, so that the gradient reaches it.
     A step whose loss or gradient is not finite changes nothing, and neither does any step after it; its number stands
     in state.control["failed"]. Metrics are float32 scalars."""
 
+    adapt = adapt or Frozen()
+
     def losses(group: str, trained: Params, rest: Params, frozen: Params, batch: Batch, key: jax.Array):
-        params = _cast({**rest, group: trained}, compute_dtype)
-        loss, metrics = family.losses(params, frozen, batch, key)[group]
+        params = {**rest, group: trained}
+        if "text" not in batch and encode is not None:
+            text = adapt.merge(frozen["text"], text_of(params))
+            batch = {"image": batch["image"], "text": encode(text, batch["input_ids"], batch["attention_mask"])}
+        loss, metrics = family.losses(_cast(params, compute_dtype), frozen, batch, key)[group]
+        penalty = adapt.penalty(text_of({group: trained}))
+        if penalty is not None:
+            loss, metrics = loss + penalty, {**metrics, "text_penalty": penalty}
         return loss.astype(jnp.float32), metrics
 
     def gradients(group: str, params: Params, frozen: Params, batches: Batch, keys: jax.Array):
@@ -55,7 +66,8 @@ def make_step(
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = stream(seed, state.step, LOSS)
-        batches = jax.tree.map(lambda x: _split(x, accumulate), _prepare(batch, frozen, encode))
+        ahead = encode if isinstance(adapt, Frozen) else None
+        batches = jax.tree.map(lambda x: _split(x, accumulate), _prepare(batch, frozen, ahead))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
         params, opt_state, metrics, norms = dict(state.params), dict(state.opt_state), {}, []
         for group in state.params:  # a later group's loss sees the groups updated before it
@@ -70,6 +82,9 @@ def make_step(
         # The average follows fast at first, so that short runs are not held back by their first weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema_params, params)
+        for group in ema:
+            if TEXT in ema[group]:
+                ema[group] = {**ema[group], TEXT: adapt.averaged(ema[group][TEXT], params[group][TEXT])}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         failed = state.control["failed"]
         new = TrainState(state.step + 1, params, ema, opt_state, state.control)
@@ -82,9 +97,10 @@ def make_step(
 
 
 def _prepare(batch: Batch, frozen: Params, encode: Any) -> Batch:
-    """The batch as families take it: floats in [-1, 1] and text features."""
-    text = batch["text"] if "text" in batch else encode(frozen["text"], batch["input_ids"], batch["attention_mask"])
-    return {"image": batch["image"].astype(jnp.float32) / 127.5 - 1.0, "text": text}
+    """The batch as families take it: floats in [-1, 1] and text features (without `encode`, what is there for them)."""
+    if "text" not in batch and encode is not None:
+        batch = {"image": batch["image"], "text": encode(frozen["text"], batch["input_ids"], batch["attention_mask"])}
+    return {**batch, "image": batch["image"].astype(jnp.float32) / 127.5 - 1.0}
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """The data sets beside scenes, on tiny sources in the layouts that they are published in."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -67,7 +68,7 @@ def emoji(directory, entries):
             file = f"{style}/{number:04x}.png"
             if data is not None:
                 (directory / file).write_bytes(data)
-            rest = {"emoji": "?", "group": "Symbols", "subgroup": "keycap", "skin_tone": False}
+            rest = {"emoji": "?", "group": "Symbols", "subgroup": "keycap", "skin_tone": "skin tone" in name}
             lines.append(json.dumps({"file": file, "name": name, "keywords": keywords, **rest}))
         (directory / style / "captions.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -91,6 +92,13 @@ def test_emoji_fall_into_splits_by_their_name_without_skin_tone(emojis):
     for split, names in NAMES.items():
         found = set(by_caption(load_source(config, split))) - {"a flat emoji of plain", "a 3D emoji of plain"}
         assert found == {f"a {style} emoji of {name}" for style in ("flat", "3D") for name in names}
+
+
+def test_emoji_come_without_their_skin_tones_where_that_is_asked(emojis, tmp_path):
+    config = dataclasses.replace(emojis[0], skin_tones=False, dir=str(tmp_path))
+    every, plain = (set(by_caption(load_source(c))) for c in (emojis[0], config))
+    assert every - plain == {f"a {style} emoji of OK hand: dark skin tone" for style in ("flat", "3D")}
+    assert plain < every
 
 
 def test_emoji_are_said_with_and_without_keywords(emojis):

@@ -19,8 +19,8 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """float32, a function of name and shape. Matrices are large enough that attention is far from uniform."""
     # RandomState, whose stream is frozen; default_rng's may change with numpy.
     draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    if len(shape) == 1:
-        return (draw * 0.2 + (1.0 if name.endswith("weight") else 0.0)).astype(np.float32)
+    if len(shape) <= 1:
+        return np.asarray(draw * 0.2 + (1.0 if name.endswith("weight") else 0.0), np.float32)
     embedding = any(part in name for part in ("embed", "wte", "wpe", "shared"))
     return (draw * (1.0 if embedding else 1.5 / np.sqrt(min(shape)))).astype(np.float32)
 

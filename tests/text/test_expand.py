@@ -1,0 +1,79 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import sample
+from jaxgen.errors import UserError
+from jaxgen.nn.module import flatten, init_params
+from jaxgen.text import scratch, weights
+from jaxgen.text.expand import expand_prompts, merged
+from jaxgen.text.generate import load_language_model
+from jaxgen.text.gpt2 import GPT2Config
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("a red dog", " A red dog on a lawn, evening\nShort: a", "A red dog on a lawn, evening"),
+        ("a red dog", ' "a red dog asleep" ', "a red dog asleep"),
+        ("a red dog", "a brown dog on a lawn", "a red dog, a brown dog on a lawn"),
+        ("a red dog.", "sunlight", "a red dog, sunlight"),
+        ("a red dog", "\n\n", "a red dog"),
+        ("a red dog", "", "a red dog"),
+        ("一只狗", "in the snow", "一只狗, in the snow"),
+    ],
+)
+def test_an_answer_never_loses_what_was_asked(prompt, answer, expected):
+    assert merged(prompt, answer) == expected
+
+
+@given(st.lists(st.sampled_from(["red", "dog", "two", "cats", "on", "by"]), min_size=1).map(" ".join), st.text(max_size=40))
+def test_every_word_survives_whatever_a_model_says(prompt, answer):
+    words = merged(prompt, answer).casefold()
+    assert all(word in words for word in prompt.split())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A whole language model that knows the scenes' words and says anything."""
+    place = tmp_path_factory.mktemp("lm")
+    sentences = ["a small red circle", "Short: Long: wishes for a picture, and the same in one longer sentence."]
+    scratch.make_tokenizer(sentences, 400).save(str(place / "tokenizer.json"))
+    values = {"model_type": "gpt2", "vocab_size": 400, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256}
+    config = GPT2Config.from_hf(values, "", "lm")
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(init_params(config.build, jax.random.key(0)))}
+    save_file(weights.stored(flat, config.tensors()), place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps(values))
+    return place
+
+
+def test_prompts_are_expanded_one_by_one(directory):
+    model = load_language_model(str(directory))
+    both = expand_prompts(["a small red circle", "a circle"], model, max_new_tokens=8, seed=3)
+    assert both == expand_prompts(["a small red circle", "a circle"], str(directory), max_new_tokens=8, seed=3)
+    assert both[0].startswith("a small red circle, ")
+    assert both[:1] == expand_prompts(["a small red circle"], model, max_new_tokens=8, seed=3)
+    assert both != expand_prompts(["a small red circle", "a circle"], model, max_new_tokens=8, seed=4)
+    with pytest.raises(UserError, match="positions of this model"):
+        expand_prompts(["a circle"], model, max_new_tokens=500)
+    with pytest.raises(UserError, match="once, where the prompt goes"):
+        expand_prompts(["a circle"], model, template="Long:")
+
+
+def test_sample_draws_what_it_was_expanded_to(directory, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    out = tmp_path / "one.png"
+    words = ["--prompt=a small red circle", f"--expand={directory}", "--num_images=1", "--steps=1", f"--out={out}"]
+    monkeypatch.setattr("sys.argv", ["sample.py", *words])
+    sample.main()
+    told = capsys.readouterr().out.splitlines()
+    stored = Image.open(out).text
+    assert json.loads(stored["asked"]) == ["a small red circle"]
+    assert json.loads(stored["prompts"]) == [told[0]]
+    assert told[0].startswith("a small red circle, ")
