@@ -15,7 +15,7 @@ from jaxgen.text.encoder import Pretrained, load_pretrained
 from jaxgen.text.sources import read_json
 from jaxgen.text.tokenizer import Tokenizer
 
-ENDS = 8  # end tokens that a model may have before one more is another program
+ENDS = 8  # end tokens up to which their number makes no other program
 
 
 class LanguageModel:
@@ -24,7 +24,9 @@ class LanguageModel:
     def __init__(self, model: Pretrained, dtype: Any = jnp.float32):
         self.pretrained, self.params, self.dtype = model, model.params, jnp.dtype(dtype)
         said = read_json(model.directory / "generation_config.json", {}).get("eos_token_id", model.values.get("eos_token_id"))
-        self.ends = tuple(said) if isinstance(said, list) else () if said is None else (said,)
+        self.ends: tuple[int, ...] = tuple(said) if isinstance(said, list) else () if said is None else (said,)
+        if not all(isinstance(end, int) for end in self.ends):
+            raise UserError(f"{model.directory}: eos_token_id={said!r} is no token's id and no list of such")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -78,7 +80,7 @@ class LanguageModel:
             ids,
             real,
             jax.random.key(seed),
-            np.array(stop + [-1] * (-len(stop) % ENDS or ENDS * (not stop)), np.int32),
+            np.array(stop + [-1] * (ENDS - len(stop)), np.int32),
             np.float32(temperature),
             np.int32(top_k),
             np.float32(top_p),

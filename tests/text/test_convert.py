@@ -55,15 +55,11 @@ def test_without_torch_it_says_how_to_install_it(source, tmp_path, capsys, monke
 
 
 def test_the_module_runs_as_a_command(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "jaxgen.text.convert"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "none"), str(tmp_path / "new")], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-m", "jaxgen.text.convert", str(tmp_path / "none"), str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
-    assert "usage" in subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment).stdout
 
 
 def test_what_is_read_is_chosen_without_torch(source):

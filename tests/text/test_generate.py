@@ -109,7 +109,7 @@ def test_new_settings_compile_nothing(llama, prompts):
         {"temperature": 1.0, "top_k": 5},
         {"temperature": 1.0, "top_p": 0.5, "top_k": 7},
         {"ends": (5,)},
-        {"ends": (5, 6, 7)},
+        {"ends": tuple(range(40, 48))},
     ):
         llama.generate(prompts, **{"max_new_tokens": NEW, "ends": ()} | settings)
     llama.generate([prompt[:9] for prompt in prompts], max_new_tokens=NEW)
@@ -180,6 +180,9 @@ def test_texts_in_texts_out_and_ends_from_the_files(tmp_path):
         model = load_language_model(str(tmp_path))
         assert model.ends == ends
         assert model.generate([[5, 9, 11]], max_new_tokens=NEW) == [ids[0][: ids[0].index(ids[0][3])]]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(UserError, match="eos_token_id='2' is no token's id"):
+        load_language_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(

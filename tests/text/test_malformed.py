@@ -552,11 +552,12 @@ def test_a_file_that_is_missing_or_a_directory_is_told(copy, name, message):
     assert str(copy) in one_line(error, "cannot be read", "is no whole safetensors file", "has no tokenizer")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "tokenizer_config.json", "digest.json"])
 def test_a_file_that_may_not_be_read_is_told(copy, name):
     (copy / name).touch()
     (copy / name).chmod(0)
+    if os.access(copy / name, os.R_OK):
+        pytest.skip("root may read everything")
     with pytest.raises(UserError) as error:
         load_text_encoder(str(copy))
     assert name in one_line(error, "cannot be read", "is no whole safetensors file", "is no valid tokenizer")
