@@ -174,7 +174,7 @@ def choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: ja
         within = (rank < top_k) | (top_k == 0)
         share = jax.nn.softmax(jnp.where(within, ranked, -jnp.inf), axis=-1)
         likelier = jnp.cumsum(share, axis=-1) - share  # what those before have together
-        within &= (likelier < top_p) | (top_p >= 1) | (rank == 0)
+        within &= (likelier < top_p) | (top_p >= 1)
         return jnp.where(scaled < jnp.where(within, ranked, jnp.inf).min(axis=-1, keepdims=True), -jnp.inf, scaled)
 
     def draw(logits: jax.Array) -> jax.Array:

@@ -50,11 +50,13 @@ def test_a_mesh_changes_nothing(tmp_path, prompts):
     np.testing.assert_array_equal(model.generate(prompts, max_new_tokens=NEW, ends=()), stored["generated"][:, :NEW])
 
 
-def test_an_end_token_ends_its_own_row(llama, prompts):
+@pytest.mark.parametrize("count", [2, 8])
+def test_an_end_token_ends_its_own_row(llama, prompts, count):
     full = Case("llama3").stored["generated"].tolist()
     ends = [full[0][9], full[1][17]]
     wanted = [row[: min(row.index(end) for end in ends if end in row)] if set(ends) & set(row) else row for row in full]
-    found = llama.generate(prompts, max_new_tokens=64, ends=ends)
+    others = sorted(set(range(97)) - {token for row in full for token in row})
+    found = llama.generate(prompts, max_new_tokens=64, ends=[*ends, *others[: count - 2]])
     assert found == wanted
     assert len({*map(len, found)}) > 1
     assert llama.generate(prompts, max_new_tokens=64, ends=(full[0][0],))[0] == []
@@ -98,6 +100,9 @@ def test_a_seed_decides(llama, prompts):
     hot = {"max_new_tokens": NEW, "temperature": 1.0, "ends": ()}
     assert llama.generate(prompts, seed=1, **hot) == llama.generate(prompts, seed=1, **hot)
     assert llama.generate(prompts, seed=1, **hot) != llama.generate(prompts, seed=2, **hot)
+    # So hot that all tokens are alike: another draw each time, each of its own.
+    for row in llama.generate(prompts, seed=1, **hot | {"temperature": 1e9}):
+        assert len(set(row)) > NEW // 2
 
 
 def test_new_settings_compile_nothing(llama, prompts):

@@ -58,6 +58,7 @@ def test_dynamic_grows_the_base_with_a_rows_own_length():
         base = 10_000 * (3 * max(length, 10) / 10 - 2) ** (8 / 6)
         np.testing.assert_allclose(np.arctan2(sin, cos)[row, 0, 0], base ** (-np.arange(0, 8, 2) / 8), rtol=1e-5)
     np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0, 0], PLAIN, rtol=1e-5)
+    assert scaled("dynamic", factor=0.5).stretch == 1.0
 
 
 def test_yarn_has_a_ramp_between_pairs_that_turn_often_and_seldom():
@@ -78,12 +79,24 @@ def test_yarn_has_a_ramp_between_pairs_that_turn_often_and_seldom():
 
 
 def test_yarn_rotates_32_times_and_once_by_default_and_takes_the_factor_from_the_lengths():
-    given = {"original_max_position_embeddings": 1000, "rope_theta": 100.0}
+    given = {"original_max_position_embeddings": 1000, "rope_theta": 100.0, "truncate": False}
     found = made(max_position_embeddings=3000, rope_scaling={"type": "yarn"} | given)
     assert found == made(
         rope_scaling={"rope_type": "yarn", "factor": 3.0, "beta_fast": 32, "beta_slow": 1} | given, max_position_embeddings=7
     )
     assert found.scale == 0.1 * math.log(3) + 1
+
+
+def test_yarns_ramp_stays_within_a_head_and_may_be_a_step():
+    """At 5 positions no pair turns twice, so the ramp begins at pair 0; for theta = 2 all turn so often that it ends at 7."""
+    given = {"factor": 4.0, "beta_fast": 2.0, "truncate": False}
+    short = scaled("yarn", original_max_position_embeddings=5, beta_slow=0.05, **given).frequencies
+    last = 4 * math.log(5 / (0.05 * 2 * math.pi)) / math.log(10_000)
+    np.testing.assert_allclose(short, [f * (1 - i / last * 0.75) if i < last else f / 4 for i, f in enumerate(PLAIN)])
+    wide = scaled("yarn", original_max_position_embeddings=5, beta_slow=1e-3, rope_theta=2.0, **given).frequencies
+    np.testing.assert_allclose(wide, [2 ** (-i / 4) * (1 - i / 7 * 0.75) for i in range(4)])
+    step = scaled("yarn", original_max_position_embeddings=100, beta_slow=2.0, **given).frequencies
+    np.testing.assert_allclose(step, [1.0, 0.1 / 4, 0.01 / 4, 0.001 / 4])
 
 
 def test_longrope_has_other_frequencies_for_rows_beyond_the_original_length():
@@ -100,6 +113,7 @@ def test_longrope_has_other_frequencies_for_rows_beyond_the_original_length():
     given.pop("original_max_position_embeddings")
     outside = made(original_max_position_embeddings=20, rope_scaling={"type": "longrope", **given})
     assert outside == rotary
+    assert scaled("longrope", original_max_position_embeddings=10**20, **given).limit == 100
 
 
 def test_old_and_new_fields_mean_the_same():
