@@ -48,11 +48,12 @@ def main() -> None:
     from jaxgen.evaluate.pictures import save_png, sheet
     from jaxgen.storage import as_path
     from jaxgen.text import check_prompts
-    from jaxgen.text.expand import DEFAULT, expand_prompts
 
     model = jaxgen.load(args.workdir or args.model)
     asked = prompts
     if args.expand is not None:
+        from jaxgen.text.expand import DEFAULT, expand_prompts
+
         prompts = expand_prompts(prompts, args.expand or DEFAULT, seed=args.seed)
         print("\n".join(prompts))
     for warning in check_prompts(model.encoder, prompts, args.negative_prompt):

@@ -56,8 +56,19 @@ class Attention(nnx.Module):
             keys.append(self.context_norm(_project(context, self.context_k)))
             values.append(_project(context, self.context_v))
         y = attend(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), mask)
-        b, h, t, d = y.shape
-        return y.transpose(0, 2, 1, 3).reshape(b, t, h * d) @ self.out[...].astype(x.dtype).reshape(h * d, -1)
+        return merge_heads(y) @ self.out[...].astype(x.dtype).reshape(-1, x.shape[-1])
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, T, H d] -> [B, H, T, d]."""
+    b, t, _ = x.shape
+    return x.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, H, T, d] -> [B, T, H d], the inverse of `split_heads`."""
+    b, h, t, d = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b, t, h * d)
 
 
 def attend(
@@ -131,5 +142,4 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _project(x: jax.Array, kernel: nnx.Param) -> jax.Array:
     """[B, T, D] by [D, H, d] -> [B, H, T, d]."""
     d, h, k = kernel.shape
-    b, t, _ = x.shape
-    return (x @ kernel[...].astype(x.dtype).reshape(d, h * k)).reshape(b, t, h, k).transpose(0, 2, 1, 3)
+    return split_heads(x @ kernel[...].astype(x.dtype).reshape(d, h * k), h)

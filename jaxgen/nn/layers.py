@@ -40,17 +40,20 @@ class Conv(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) over the last axis, times a learned scale (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) over the last axis, times a learned scale (Zhang and Sennrich, arXiv 1910.07467), or 1 + scale (`shifted`)."""
 
-    def __init__(self, dim: int, rngs: nnx.Rngs, *, axes=(None,), learned: bool = True, eps: float = 1e-6):
-        self.scale = param(ones, rngs, (dim,), axes) if learned else None
-        self.eps = eps
+    def __init__(
+        self, dim: int, rngs: nnx.Rngs, *, axes=(None,), learned: bool = True, shifted: bool = False, eps: float = 1e-6
+    ):
+        self.scale = param(zeros if shifted else ones, rngs, (dim,), axes) if learned else None
+        self.shifted, self.eps = shifted, eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         if self.scale is not None:
-            y = y * self.scale[...]
+            # 1 + scale in float32: half precision would round the sum.
+            y = y * (1.0 + self.scale[...].astype(jnp.float32) if self.shifted else self.scale[...])
         return y.astype(x.dtype)
 
 
@@ -63,10 +66,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (standardise(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -89,6 +89,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return self.down(dropout(jax.nn.gelu(self.up(x), approximate=True), self.dropout, key))
+
+
+def standardise(x: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / deviation over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -10,6 +10,8 @@ from flax import nnx
 from jaxgen.errors import UserError
 from jaxgen.text.weights import Table
 
+# More than any model has, or building one from a broken config.json would take for ever.
+LARGEST, DEEPEST = 2**28, 1024
 Head = Literal["", "lm", "classification"]
 
 ACTIVATIONS = {
@@ -80,6 +82,12 @@ def refuse(values: dict[str, Any], where: str, **known: Any) -> None:
 def check_heads(width: int, heads: int, where: str) -> None:
     if heads < 1 or width % heads:
         raise UserError(f"{where}: a width of {width} does not divide among {heads} attention heads")
+
+
+def mean_tokens(last: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean of the hidden states of each caption's real tokens, [B, D]."""
+    real = (mask > 0)[..., None].astype(last.dtype)
+    return (last * real).sum(1) / jnp.maximum(real.sum(1), 1)
 
 
 def last_token(last: jax.Array, mask: jax.Array) -> jax.Array:

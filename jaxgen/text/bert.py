@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgen.nn.adapters import Bottleneck, Prefix
-from jaxgen.nn.attention import attend
 from jaxgen.nn.layers import Embedding, LayerNorm, Linear
 from jaxgen.text.architecture import ACTIVATIONS, Head, check_heads, refuse, take
-from jaxgen.text.weights import Table, Tensor, linear, norm
+from jaxgen.text.layer import PostNorm
+from jaxgen.text.weights import Table, Tensor, layer, linear, norm
 
 DISTILBERT = {  # its names -> BERT's
     "dim": "hidden_size",
@@ -104,15 +103,13 @@ class BertConfig:
             "down": "output.dense",
             "norm2": "output.LayerNorm",
         }
-        layer = "encoder.layer"
+        where = "encoder.layer"
         if self.kind == "distilbert":
-            layer = "transformer.layer"
+            where = "transformer.layer"
             names = {ours: f"attention.{ours}_lin" for ours in ("q", "k", "v", "out")}
             names |= {"norm1": "sa_layer_norm", "up": "ffn.lin1", "down": "ffn.lin2", "norm2": "output_layer_norm"}
         for i in range(self.num_hidden_layers):
-            for ours, theirs in names.items():
-                kind = norm if ours.startswith("norm") else linear
-                table |= kind(f"layers.{i}.{ours}", f"{layer}.{i}.{theirs}")
+            table |= layer(f"layers.{i}", f"{where}.{i}", names)
         if self.head == "classification":
             dense = {"bert": "pooler.dense", "roberta": "classifier.dense", "distilbert": "pre_classifier"}[self.kind]
             labels = {"roberta": "classifier.out_proj"}.get(self.kind, "classifier")
@@ -129,15 +126,17 @@ class Bert(nnx.Module):
         if c.kind != "distilbert":
             self.types = Embedding(c.type_vocab_size, d, rngs)
         self.norm = LayerNorm(d, rngs, eps=c.layer_norm_eps)
-        self.layers = nnx.List([Layer(c, rngs) for _ in range(c.num_hidden_layers)])
+        sizes: Any = (d, c.num_attention_heads, c.intermediate_size, c.hidden_act)
+        more: dict[str, Any] = {"eps": c.layer_norm_eps, "bottleneck": c.bottleneck, "prefix": c.prefix}
+        self.layers = nnx.List([PostNorm(*sizes, rngs, **more) for _ in range(c.num_hidden_layers)])
         if c.head == "classification":
             self.dense = Linear(d, d, rngs, axes=("embed", None))
             self.labels = Linear(d, c.num_labels, rngs, axes=("embed", None))
 
     def __call__(self, ids: jax.Array, mask: jax.Array, dtype: Any = jnp.float32) -> tuple[list[jax.Array], jax.Array]:
         states = [self.embed(ids, mask, dtype)]
-        for layer in self.layers:
-            states.append(layer(states[-1], mask > 0))
+        for each in self.layers:
+            states.append(each(states[-1], mask > 0))
         return states, states[-1]
 
     def embed(self, ids: jax.Array, mask: jax.Array, dtype: Any) -> jax.Array:
@@ -157,30 +156,3 @@ class Bert(nnx.Module):
     def classify(self, last: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
         squash = jax.nn.relu if self.config.kind == "distilbert" else jnp.tanh
         return self.labels(squash(self.dense(last[:, 0])))
-
-
-class Layer(nnx.Module):
-    def __init__(self, c: BertConfig, rngs: nnx.Rngs):
-        d = c.hidden_size
-        self.heads, self.activation = c.num_attention_heads, ACTIVATIONS[c.hidden_act]
-        self.q, self.k, self.v = (Linear(d, d, rngs, axes=("embed", "heads")) for _ in range(3))
-        self.out = Linear(d, d, rngs, axes=("heads", "embed"))
-        self.norm1, self.norm2 = LayerNorm(d, rngs, eps=c.layer_norm_eps), LayerNorm(d, rngs, eps=c.layer_norm_eps)
-        self.up = Linear(d, c.intermediate_size, rngs, axes=("embed", "mlp"))
-        self.down = Linear(c.intermediate_size, d, rngs, axes=("mlp", "embed"))
-        self.adapter1 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.adapter2 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.prefix = Prefix(c.prefix, c.num_attention_heads, d // c.num_attention_heads, rngs) if c.prefix else None
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        b, t, d = x.shape
-
-        def split(y: jax.Array) -> jax.Array:
-            return y.reshape(b, t, self.heads, d // self.heads).transpose(0, 2, 1, 3)
-
-        prefix = self.prefix() if self.prefix else None
-        y = attend(split(self.q(x)), split(self.k(x)), split(self.v(x)), mask, prefix=prefix)
-        y = self.out(y.transpose(0, 2, 1, 3).reshape(b, t, d))
-        x = self.norm1(x + (self.adapter1(y) if self.adapter1 else y))
-        y = self.down(self.activation(self.up(x)))
-        return self.norm2(x + (self.adapter2(y) if self.adapter2 else y))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgen.errors import UserError
-from jaxgen.nn.adapters import Bottleneck, Prefix
-from jaxgen.nn.attention import attend
 from jaxgen.nn.layers import Embedding, LayerNorm, Linear
 from jaxgen.text.architecture import ACTIVATIONS, Head, check_heads, refuse, take
-from jaxgen.text.weights import Table, Tensor, linear, norm
+from jaxgen.text.causal import visible
+from jaxgen.text.layer import PreNorm
+from jaxgen.text.weights import Table, Tensor, layer, linear, norm
 
 PROJECTED = ("CLIPTextModelWithProjection", "CLIPModel")
 
@@ -79,9 +79,7 @@ class CLIPTextConfig:
         names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.out_proj"}
         names |= {"norm1": "layer_norm1", "norm2": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2"}
         for i in range(self.num_hidden_layers):
-            for ours, theirs in names.items():
-                kind = norm if ours.startswith("norm") else linear
-                table |= kind(f"layers.{i}.{ours}", f"encoder.layers.{i}.{theirs}")
+            table |= layer(f"layers.{i}", f"encoder.layers.{i}", names)
         # Written with the prefix that every version of transformers reads; found without it too.
         table = {ours: replace(t, name=f"text_model.{t.name}", alias=t.name) for ours, t in table.items()}
         return table | (linear("projection", "text_projection", bias=False) if self.projected else {})
@@ -93,18 +91,20 @@ class CLIPText(nnx.Module):
         self.config = c
         self.words = Embedding(c.vocab_size, d, rngs, axes=("vocab", "embed"))
         self.positions = Embedding(c.max_position_embeddings, d, rngs)
-        self.layers = nnx.List([Layer(c, rngs) for _ in range(c.num_hidden_layers)])
+        sizes: Any = (d, c.num_attention_heads, c.intermediate_size, c.hidden_act)
+        more: dict[str, Any] = {"eps": c.layer_norm_eps, "bottleneck": c.bottleneck, "prefix": c.prefix}
+        self.layers = nnx.List([PreNorm(*sizes, rngs, **more) for _ in range(c.num_hidden_layers)])
         self.norm = LayerNorm(d, rngs, eps=c.layer_norm_eps)
         if c.projected:
             self.projection = Linear(d, c.projection_dim, rngs, axes=("embed", None), bias=False)
 
     def __call__(self, ids: jax.Array, mask: jax.Array, dtype: Any = jnp.float32) -> tuple[list[jax.Array], jax.Array]:
         """The last of the states lacks the final norm, which the second result has."""
-        t = ids.shape[1]
-        causal = jnp.tril(jnp.ones((t, t), bool))
-        states = [(self.words(ids) + self.positions(jnp.arange(t))).astype(dtype)]
-        for layer in self.layers:
-            states.append(layer(states[-1], causal & (mask > 0)[:, None, None, :]))
+        slots = jnp.arange(ids.shape[1])
+        seen = visible(mask, slots)
+        states = [(self.words(ids) + self.positions(slots)).astype(dtype)]
+        for each in self.layers:
+            states.append(each(states[-1], seen)[0])
         return states, self.norm(states[-1])
 
     def pool(self, last: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -114,32 +114,3 @@ class CLIPText(nnx.Module):
         at = jnp.argmax(ids if end == 2 else ids == end, axis=1)
         pooled = jnp.take_along_axis(last, at[:, None, None], axis=1)[:, 0]
         return self.projection(pooled) if self.config.projected else pooled
-
-
-class Layer(nnx.Module):
-    def __init__(self, c: CLIPTextConfig, rngs: nnx.Rngs):
-        d = c.hidden_size
-        self.heads, self.activation = c.num_attention_heads, ACTIVATIONS[c.hidden_act]
-        self.norm1, self.norm2 = LayerNorm(d, rngs, eps=c.layer_norm_eps), LayerNorm(d, rngs, eps=c.layer_norm_eps)
-        self.q, self.k, self.v = (Linear(d, d, rngs, axes=("embed", "heads")) for _ in range(3))
-        self.out = Linear(d, d, rngs, axes=("heads", "embed"))
-        self.up = Linear(d, c.intermediate_size, rngs, axes=("embed", "mlp"))
-        self.down = Linear(c.intermediate_size, d, rngs, axes=("mlp", "embed"))
-        self.adapter1 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.adapter2 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.prefix = Prefix(c.prefix, c.num_attention_heads, d // c.num_attention_heads, rngs) if c.prefix else None
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """x [B, T, D], mask bool [B, 1, T, T] -> [B, T, D]."""
-        b, t, d = x.shape
-
-        def split(y: jax.Array) -> jax.Array:
-            return y.reshape(b, t, self.heads, d // self.heads).transpose(0, 2, 1, 3)
-
-        prefix = self.prefix() if self.prefix else None
-        h = self.norm1(x)
-        y = attend(split(self.q(h)), split(self.k(h)), split(self.v(h)), mask, prefix=prefix)
-        y = self.out(y.transpose(0, 2, 1, 3).reshape(b, t, d))
-        x = x + (self.adapter1(y) if self.adapter1 else y)
-        y = self.down(self.activation(self.up(self.norm2(x))))
-        return x + (self.adapter2(y) if self.adapter2 else y)

@@ -29,8 +29,7 @@ def convert(source: Path, target: Path) -> list[Path]:
     from safetensors.torch import save_file
 
     chosen = pickles(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is not empty: choose a new directory")
+    sources.check_new(target)
     tensors: dict[str, Any] = {}
     for file in chosen:
         for name, tensor in read(file).items():

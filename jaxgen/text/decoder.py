@@ -11,13 +11,11 @@ from flax import nnx
 
 from jaxgen.errors import UserError
 from jaxgen.nn.adapters import Bottleneck, Prefix
-from jaxgen.nn.attention import attend, rotate
-from jaxgen.nn.layers import Embedding, Linear, RMSNorm, zeros
-from jaxgen.nn.module import param
+from jaxgen.nn.attention import attend, merge_heads, rotate, split_heads
+from jaxgen.nn.layers import Embedding, Linear, RMSNorm
 from jaxgen.text import rotary
-from jaxgen.text.architecture import ACTIVATIONS, Head, last_token, refuse, take
-from jaxgen.text.causal import Cache, Pair, places, remember, visible
-from jaxgen.text.registry import DEEPEST
+from jaxgen.text.architecture import ACTIVATIONS, DEEPEST, Head, refuse, take
+from jaxgen.text.causal import Cache, LanguageModel, Pair, empty_cache, places, remember, visible
 from jaxgen.text.rotary import Rotary
 from jaxgen.text.weights import Table, Tensor, linear, norm
 
@@ -163,14 +161,14 @@ class DecoderConfig:
         return table
 
 
-class Decoder(nnx.Module):
+class Decoder(LanguageModel):
     def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
         self.config = c
         self.words = Embedding(c.vocab_size, c.hidden_size, rngs, axes=("vocab", "embed"))
         self.layers = nnx.List([Layer(c, rngs) for _ in range(c.num_hidden_layers)])
-        self.norm = (ShiftedNorm if c.gemma else RMSNorm)(c.hidden_size, rngs, eps=c.rms_norm_eps)
-        if c.head and not c.tied:
-            self.lm_head = Linear(c.hidden_size, c.vocab_size, rngs, axes=("embed", "vocab"), bias=False)
+        self.norm = RMSNorm(c.hidden_size, rngs, shifted=c.gemma, eps=c.rms_norm_eps)
+        untied = c.head and not c.tied
+        self.lm_head = Linear(c.hidden_size, c.vocab_size, rngs, axes=("embed", "vocab"), bias=False) if untied else None
 
     def __call__(
         self, ids: jax.Array, mask: jax.Array, dtype: Any = jnp.float32, cache: Cache | None = None, start: Any = 0
@@ -182,27 +180,19 @@ class Decoder(nnx.Module):
         masks = {window: visible(mask, slots, window) for window in set(c.windows)}
         tables = {r: r.tables(positions, lengths) if r else None for r in set(c.rotaries)}
         x = self.words(ids).astype(dtype)
-        states, kept = [x * jnp.asarray(c.hidden_size**0.5, dtype) if c.gemma else x], []
-        for i, layer in enumerate(self.layers):
-            old = cache[i] if cache is not None else None
-            x, new = layer(states[-1], masks[c.windows[i]], tables[c.rotaries[i]], old, start)
-            states.append(x)
-            kept.append(new)
-        states[-1] = self.norm(states[-1])
-        return (states, states[-1]) if cache is None else (states, states[-1], tuple(kept))
+        x = x * jnp.asarray(c.hidden_size**0.5, dtype) if c.gemma else x
+
+        def call(i: int, layer: Any, x: jax.Array, pair: Pair | None) -> tuple[jax.Array, Pair]:
+            return layer(x, masks[c.windows[i]], tables[c.rotaries[i]], pair, start)
+
+        return self.through(x, cache, call)
 
     def empty_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
         c = self.config
-        one = jnp.zeros((batch, c.num_key_value_heads, length, c.head_dim), dtype)
-        return ((one, one),) * c.num_hidden_layers
-
-    def pool(self, last: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return last_token(last, mask)
+        return empty_cache(c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim, dtype)
 
     def logits(self, last: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V]."""
-        cap = self.config.final_cap
-        out = last @ self.words.embedding[...].astype(last.dtype).T if self.config.tied else self.lm_head(last)
+        cap, out = self.config.final_cap, super().logits(last)
         return cap * jnp.tanh(out / cap) if cap else out
 
 
@@ -213,7 +203,7 @@ class Layer(nnx.Module):
         self.scale, self.cap = c.scale, c.attention_cap
 
         def scaled(size: int) -> nnx.Module:
-            return (ShiftedNorm if c.gemma else RMSNorm)(size, rngs, eps=c.rms_norm_eps)
+            return RMSNorm(size, rngs, shifted=c.gemma, eps=c.rms_norm_eps)
 
         self.norm1, self.norm2 = scaled(d), scaled(d)
         self.after1, self.after2 = (scaled(d), scaled(d)) if c.sandwich else (None, None)
@@ -223,43 +213,23 @@ class Layer(nnx.Module):
         self.out = Linear(own, d, rngs, axes=("heads", "embed"), bias=c.out_bias)
         self.gate, self.up = (Linear(d, c.intermediate_size, rngs, axes=("embed", "mlp"), bias=c.mlp_bias) for _ in range(2))
         self.down = Linear(c.intermediate_size, d, rngs, axes=("mlp", "embed"), bias=c.mlp_bias)
-        self.adapter1 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.adapter2 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.prefix = Prefix(c.prefix, c.num_key_value_heads, c.head_dim, rngs) if c.prefix else None
+        self.adapter1, self.adapter2 = Bottleneck(d, c.bottleneck, rngs), Bottleneck(d, c.bottleneck, rngs)
+        self.prefix = Prefix(c.prefix, c.num_key_value_heads, c.head_dim, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, tables: Any, cache: Pair | None, start: Any) -> tuple[jax.Array, Pair]:
-        b, t, _ = x.shape
-
-        def split(y: jax.Array, heads: int, scaled: Any = None) -> jax.Array:
-            y = y.reshape(b, t, heads, -1).transpose(0, 2, 1, 3)
-            return scaled(y) if scaled else y
-
         y = self.norm1(x)
-        q, k = split(self.q(y), self.heads, self.q_norm), split(self.k(y), self.kv_heads, self.k_norm)
+        q, k, v = split_heads(self.q(y), self.heads), *(split_heads(p(y), self.kv_heads) for p in (self.k, self.v))
+        if self.q_norm and self.k_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        k, v = new = remember(cache, k, split(self.v(y), self.kv_heads), start)
-        prefix = self.prefix() if self.prefix else None
-        y = attend(q, k, v, mask, scale=self.scale, softcap=self.cap, prefix=prefix)
-        y = self.out(y.transpose(0, 2, 1, 3).reshape(b, t, -1))
-        y = self.adapter1(y) if self.adapter1 else y
+        k, v = new = remember(cache, k, v, start)
+        y = attend(q, k, v, mask, scale=self.scale, softcap=self.cap, prefix=self.prefix())
+        y = self.adapter1(self.out(merge_heads(y)))
         x = x + (self.after1(y) if self.after1 else y)
         y = self.norm2(x)
-        y = self.down(self.activation(self.gate(y)) * self.up(y))
-        y = self.adapter2(y) if self.adapter2 else y
+        y = self.adapter2(self.down(self.activation(self.gate(y)) * self.up(y)))
         return x + (self.after2(y) if self.after2 else y), new
-
-
-class ShiftedNorm(nnx.Module):
-    """Gemma's RMSNorm, times 1 + scale."""
-
-    def __init__(self, dim: int, rngs: nnx.Rngs, *, eps: float):
-        self.scale, self.eps = param(zeros, rngs, (dim,), (None,)), eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
 
 def _windows(values: dict[str, Any], where: str, kind: str, layers: int) -> tuple[int, ...]:

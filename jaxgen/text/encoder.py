@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.errors import UserError
+from jaxgen.nn.layers import standardise
 from jaxgen.nn.module import Params, bind, flatten, init_params, logical_axes
 from jaxgen.parallel.mesh import param_shardings
 from jaxgen.text import registry, sources, weights
 from jaxgen.text.adapt import fitted
-from jaxgen.text.architecture import Architecture, Head, last_token
+from jaxgen.text.architecture import Architecture, Head, last_token, mean_tokens
 from jaxgen.text.features import TextFeatures
 from jaxgen.text.sources import read_json
 from jaxgen.text.tokenizer import Tokenizer
@@ -191,22 +192,18 @@ def save_text_encoder(encoder: TextEncoder, directory: str | Path) -> None:
 
 
 def save_pretrained(model: Pretrained, params: Params, directory: str | Path) -> None:
-    from safetensors.numpy import save_file
-
     target = Path(directory)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty: choose a new directory")
-    target.mkdir(parents=True, exist_ok=True)
-    flat = {name: np.asarray(leaf) for name, leaf in flatten(jax.device_get(params))}
-    if more := sorted(flat.keys() - model.architecture.tensors().keys()):
+    sources.check_new(target)
+    if more := sorted({name for name, _ in flatten(params)} - model.architecture.tensors().keys()):
         raise UserError(f"{more[0]} has no place in a Hugging Face directory: save the adapter (jaxgen.text.peft.save_adapter)")
+    target.mkdir(parents=True, exist_ok=True)
     kept = dict.fromkeys([*sources.tokenizer_files(model.tokenizer_directory), *sources.extra_files(model.directory)])
     for file in kept:
         root = model.directory if file.is_relative_to(model.directory) else model.tokenizer_directory
         (target / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / file.relative_to(root))
     name = "model.safetensors"
-    save_file(weights.stored(flat, model.architecture.tensors()), target / name, metadata={"format": "pt"})
+    weights.save(target / name, params, model.architecture.tensors())
     (target / weights.DIGEST).write_text(json.dumps({name: sources.sha256(target / name)}))
     (target / "config.json").write_text(json.dumps(model.values, indent=2))  # last: without it the directory is no model
 
@@ -230,12 +227,13 @@ def check_prompts(encoder: TextEncoder, prompts: Sequence[str], negative_prompt:
     return warnings
 
 
-def pad(rows: Sequence[Sequence[int]], length: int, padding: int) -> dict[str, np.ndarray]:
-    """Token ids in a rectangle, padded at the end, with their mask."""
+def pad(rows: Sequence[Sequence[int]], length: int, padding: int, *, front: bool = False) -> dict[str, np.ndarray]:
+    """Token ids in a rectangle, padded at the end (or in front), with their mask."""
     ids = np.full((len(rows), length), padding, np.int32)
     mask = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        place = slice(length - len(row), length) if front else slice(len(row))
+        ids[i, place], mask[i, place] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -270,9 +268,7 @@ def _joined(layers: Layers, architecture: Architecture) -> tuple[Callable[[list[
     if layers == "average":
 
         def average(states: list[jax.Array], last: jax.Array) -> jax.Array:
-            every = jnp.stack([*states[:-1], last]).astype(jnp.float32)
-            centred = every - every.mean(-1, keepdims=True)
-            return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)).mean(0)
+            return standardise(jnp.stack([*states[:-1], last]), 1e-5).mean(0)
 
         return average, width
     wanted = (layers,) if isinstance(layers, int) else layers
@@ -285,13 +281,8 @@ def _joined(layers: Layers, architecture: Architecture) -> tuple[Callable[[list[
 
 def _pooling(directory: Path) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """(last, mask) -> pooled as sentence-transformers' files in the directory define it; None without such files."""
-
-    def mean(last: jax.Array, mask: jax.Array) -> jax.Array:
-        weights = mask[..., None].astype(last.dtype)
-        return (last * weights).sum(1) / jnp.maximum(weights.sum(1), 1e-9)
-
     modes = {
-        "pooling_mode_mean_tokens": mean,
+        "pooling_mode_mean_tokens": mean_tokens,
         "pooling_mode_cls_token": lambda last, mask: last[:, 0],
         "pooling_mode_lasttoken": last_token,
     }

@@ -11,7 +11,7 @@ import numpy as np
 from jaxgen.errors import UserError
 from jaxgen.nn.module import Params, bind
 from jaxgen.text.adapt import fitted
-from jaxgen.text.encoder import Pretrained, load_pretrained
+from jaxgen.text.encoder import Pretrained, load_pretrained, pad
 from jaxgen.text.sources import read_json
 from jaxgen.text.tokenizer import Tokenizer
 
@@ -70,15 +70,13 @@ class LanguageModel:
         width = 8
         while width < longest:
             width *= 2
-        ids, real = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :], real[i, width - len(row) :] = row, 1
+        padded = pad(rows, width, 0, front=True)
         stop = sorted(self.ends if ends is None else ends)
         tokens = _generate(
             architecture,
             self.params,
-            ids,
-            real,
+            padded["input_ids"],
+            padded["attention_mask"],
             jax.random.key(seed),
             np.array(stop + [-1] * (ENDS - len(stop)), np.int32),
             np.float32(temperature),

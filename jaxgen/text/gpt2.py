@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgen.errors import UserError
-from jaxgen.nn.adapters import Bottleneck, Prefix
-from jaxgen.nn.attention import attend
 from jaxgen.nn.layers import Embedding, LayerNorm, Linear
-from jaxgen.text.architecture import ACTIVATIONS, Head, check_heads, last_token, refuse, take
-from jaxgen.text.causal import Cache, Pair, places, remember, visible
+from jaxgen.text.architecture import ACTIVATIONS, Head, check_heads, refuse, take
+from jaxgen.text.causal import Cache, LanguageModel, empty_cache, places, visible
+from jaxgen.text.layer import PreNorm
 from jaxgen.text.weights import Table, Tensor, linear, norm
 
 
@@ -94,15 +93,15 @@ class GPT2Config:
         return table
 
 
-class GPT2(nnx.Module):
+class GPT2(LanguageModel):
     def __init__(self, c: GPT2Config, rngs: nnx.Rngs):
         self.config = c
         self.words = Embedding(c.vocab_size, c.n_embd, rngs, axes=("vocab", "embed"))
         self.positions = Embedding(c.n_positions, c.n_embd, rngs)
-        self.layers = nnx.List([Layer(c, i, rngs) for i in range(c.n_layer)])
+        self.layers = nnx.List([self._layer(c, i, rngs) for i in range(c.n_layer)])
         self.norm = LayerNorm(c.n_embd, rngs, eps=c.layer_norm_epsilon)
-        if c.head and not c.tie_word_embeddings:
-            self.lm_head = Linear(c.n_embd, c.vocab_size, rngs, axes=("embed", "vocab"), bias=False)
+        untied = c.head and not c.tie_word_embeddings
+        self.lm_head = Linear(c.n_embd, c.vocab_size, rngs, axes=("embed", "vocab"), bias=False) if untied else None
 
     def __call__(
         self, ids: jax.Array, mask: jax.Array, dtype: Any = jnp.float32, cache: Cache | None = None, start: Any = 0
@@ -110,51 +109,18 @@ class GPT2(nnx.Module):
         """(states, last), or with a cache (states, last, cache): as decoder.Decoder's."""
         slots, positions, _ = places(ids, mask, cache, start)
         seen = visible(mask, slots)
-        states, kept = [(self.words(ids) + self.positions(positions)).astype(dtype)], []
-        for i, layer in enumerate(self.layers):
-            x, new = layer(states[-1], seen, cache[i] if cache is not None else None, start)
-            states.append(x)
-            kept.append(new)
-        states[-1] = self.norm(states[-1])
-        return (states, states[-1]) if cache is None else (states, states[-1], tuple(kept))
+        x = (self.words(ids) + self.positions(positions)).astype(dtype)
+        return self.through(x, cache, lambda i, layer, x, pair: layer(x, seen, pair, start))
 
     def empty_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
         c = self.config
-        one = jnp.zeros((batch, c.n_head, length, c.n_embd // c.n_head), dtype)
-        return ((one, one),) * c.n_layer
+        return empty_cache(c.n_layer, batch, c.n_head, length, c.n_embd // c.n_head, dtype)
 
-    def pool(self, last: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return last_token(last, mask)
-
-    def logits(self, last: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V]."""
-        return last @ self.words.embedding[...].astype(last.dtype).T if self.config.tie_word_embeddings else self.lm_head(last)
-
-
-class Layer(nnx.Module):
-    def __init__(self, c: GPT2Config, index: int, rngs: nnx.Rngs):
-        d, size = c.n_embd, c.n_embd // c.n_head
-        self.heads, self.activation = c.n_head, ACTIVATIONS[c.activation_function]
-        self.scale = (size**-0.5 if c.scale_attn_weights else 1.0) / (index + 1 if c.scale_attn_by_inverse_layer_idx else 1)
-        self.norm1, self.norm2 = LayerNorm(d, rngs, eps=c.layer_norm_epsilon), LayerNorm(d, rngs, eps=c.layer_norm_epsilon)
-        self.q, self.k, self.v = (Linear(d, d, rngs, axes=("embed", "heads")) for _ in range(3))
-        self.out = Linear(d, d, rngs, axes=("heads", "embed"))
-        self.up = Linear(d, c.n_inner, rngs, axes=("embed", "mlp"))
-        self.down = Linear(c.n_inner, d, rngs, axes=("mlp", "embed"))
-        self.adapter1 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.adapter2 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.prefix = Prefix(c.prefix, c.n_head, size, rngs) if c.prefix else None
-
-    def __call__(self, x: jax.Array, mask: jax.Array, cache: Pair | None, start: Any) -> tuple[jax.Array, Pair]:
-        b, t, d = x.shape
-
-        def split(y: jax.Array) -> jax.Array:
-            return y.reshape(b, t, self.heads, d // self.heads).transpose(0, 2, 1, 3)
-
-        y = self.norm1(x)
-        k, v = new = remember(cache, split(self.k(y)), split(self.v(y)), start)
-        y = attend(split(self.q(y)), k, v, mask, scale=self.scale, prefix=self.prefix() if self.prefix else None)
-        y = self.out(y.transpose(0, 2, 1, 3).reshape(b, t, d))
-        x = x + (self.adapter1(y) if self.adapter1 else y)
-        y = self.down(self.activation(self.up(self.norm2(x))))
-        return x + (self.adapter2(y) if self.adapter2 else y), new
+    @staticmethod
+    def _layer(c: GPT2Config, index: int, rngs: nnx.Rngs) -> PreNorm:
+        scale = (c.n_embd // c.n_head) ** -0.5 if c.scale_attn_weights else 1.0
+        if c.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        sizes: Any = (c.n_embd, c.n_head, c.n_inner, c.activation_function)
+        more: dict[str, Any] = {"eps": c.layer_norm_epsilon, "bottleneck": c.bottleneck, "prefix": c.prefix}
+        return PreNorm(*sizes, rngs, **more, scale=scale)

@@ -17,7 +17,8 @@ from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.text.adapt import AdaLoRA, Adaptation, LoRA, Method, adaptable, factors_of
-from jaxgen.text.encoder import Pretrained, read_json
+from jaxgen.text.encoder import Pretrained
+from jaxgen.text.sources import check_new, read_json
 from jaxgen.text.weights import Table, Tensor
 
 CONFIG, WEIGHTS, OURS, ROOT = "adapter_config.json", "adapter_model.safetensors", "JAXGEN_", "base_model.model."
@@ -43,8 +44,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 def save_adapter(trained: Params, method: Method, pretrained: Pretrained, directory: str | Path) -> None:
     """Write what was trained, and how, into a new directory. PEFT loads LoRA and AdaLoRA on transformers' model."""
     target = Path(directory)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty: choose a new directory")
+    check_new(target)
     flat = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(flatten(jax.device_get(trained))))
     values: dict[str, Any] = {"base_model_name_or_path": str(pretrained.directory), "inference_mode": True, "task_type": None}
     if isinstance(method, LoRA | AdaLoRA):

@@ -6,9 +6,8 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from jaxgen.errors import UserError
-from jaxgen.text.architecture import Architecture, Head
+from jaxgen.text.architecture import DEEPEST, LARGEST, Architecture, Head
 
-LARGEST, DEEPEST = 2**28, 1024
 DECODERS = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"),
     *("qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl", "qwen3_vl_text"),

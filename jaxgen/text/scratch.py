@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxgen.errors import UserError, cli
-from jaxgen.nn.module import flatten, init_params
+from jaxgen.nn.module import init_params
 from jaxgen.storage import explain
-from jaxgen.text import registry, weights
+from jaxgen.text import registry, sources, weights
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 SCENES = 2000  # training scenes whose captions make a vocabulary: the rarest word comes a dozen times
@@ -68,8 +67,6 @@ def write(
     seed: int = 0,
 ) -> None:
     """Make the tokenizer of the captions, draw the weights and write both. Raises UserError for what makes no model."""
-    from safetensors.numpy import save_file
-
     for name, value in (("hidden_size", hidden_size), ("layers", layers), ("heads", heads), ("vocab", vocab)):
         if value < 1:
             raise UserError(f"--{name}={value}: at least 1")
@@ -79,8 +76,7 @@ def write(
         raise UserError(f"--hidden_size={hidden_size} does not divide among --heads={heads}")
     target = Path(directory)
     try:
-        if target.exists() and any(target.iterdir()):
-            raise UserError(f"{target} is not empty: choose a new directory")
+        sources.check_new(target)
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explain(error, target) from error
@@ -100,13 +96,12 @@ def write(
         "pad_token_id": tokenizer.token_to_id("[PAD]"),
     }
     architecture = registry.architecture(values, f"{target}/config.json")
-    params = jax.device_get(init_params(architecture.build, jax.random.key(seed)))
-    flat = {name: np.asarray(leaf) for name, leaf in flatten(params)}
+    params = init_params(architecture.build, jax.random.key(seed))
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **SPECIAL}
     try:
         (target / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         (target / "tokenizer_config.json").write_text(json.dumps(told, indent=2))
-        save_file(weights.stored(flat, architecture.tensors()), target / "model.safetensors", metadata={"format": "pt"})
+        weights.save(target / "model.safetensors", params, architecture.tensors())
         (target / "config.json").write_text(json.dumps(values, indent=2))  # last: without it the directory is no model
     except OSError as error:
         raise explain(error, target) from error

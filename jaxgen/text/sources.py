@@ -68,6 +68,12 @@ def special_tokens(directory: Path) -> dict[str, str]:
     return found
 
 
+def check_new(target: Path) -> None:
+    """Raises UserError where something is at a directory that is to be written."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is not empty: choose a new directory")
+
+
 def read_json(file: Path, default: Any = None) -> Any:
     """A file's JSON object; raises UserError where it is missing (and there is no default) or broken."""
     if not file.exists() and default is not None:
@@ -129,6 +135,3 @@ def sha256(file: Path) -> str:
 def _sha256(file: Path, size: int, changed: int) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-sha256.cache_clear = _sha256.cache_clear  # ty: ignore[missing-attribute]

@@ -12,10 +12,10 @@ from flax import nnx
 
 from jaxgen.errors import UserError
 from jaxgen.nn.adapters import Bottleneck, Prefix
-from jaxgen.nn.attention import attend
+from jaxgen.nn.attention import attend, merge_heads, split_heads
 from jaxgen.nn.layers import Embedding, Linear, RMSNorm
-from jaxgen.text.architecture import ACTIVATIONS, Head, refuse, take
-from jaxgen.text.weights import Table, Tensor, linear, norm
+from jaxgen.text.architecture import ACTIVATIONS, Head, mean_tokens, refuse, take
+from jaxgen.text.weights import Table, Tensor, layer, norm
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,10 @@ class T5Config:
         names |= {"norm1": "0.layer_norm", "norm2": "1.layer_norm"}
         names |= {ours: f"1.DenseReluDense.{theirs}" for ours, theirs in mlp.items()}
         for i in range(self.num_layers):
-            layer = f"encoder.block.{i}.layer"
-            for ours, theirs in names.items():
-                kind = norm if ours.startswith("norm") else linear
-                table |= kind(f"layers.{i}.{ours}", f"{layer}.{theirs}", bias=False)
+            where = f"encoder.block.{i}.layer"
+            table |= layer(f"layers.{i}", where, names, bias=False)
             if i == 0 or self.bias_per_layer:
-                table[f"biases.{i}.embedding"] = Tensor(f"{layer}.0.SelfAttention.relative_attention_bias.weight")
+                table[f"biases.{i}.embedding"] = Tensor(f"{where}.0.SelfAttention.relative_attention_bias.weight")
         return table
 
 
@@ -125,15 +123,14 @@ class T5Encoder(nnx.Module):
         at = jnp.arange(t) - jnp.arange(t)[:, None] + t - 1
         biases = [bias(steps)[at].transpose(2, 0, 1)[None] for bias in self.biases]
         states = [self.words(ids).astype(dtype)]
-        for i, layer in enumerate(self.layers):
-            states.append(layer(states[-1], mask > 0, biases[i % len(biases)]))
+        for i, each in enumerate(self.layers):
+            states.append(each(states[-1], mask > 0, biases[i % len(biases)]))
         states[-1] = self.norm(states[-1])
         return states, states[-1]
 
     def pool(self, last: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The mean over the real tokens; T5 itself defines no pooled vector."""
-        real = (mask > 0)[..., None].astype(last.dtype)
-        return (last * real).sum(1) / jnp.maximum(real.sum(1), 1)
+        return mean_tokens(last, mask)
 
 
 class Layer(nnx.Module):
@@ -148,26 +145,19 @@ class Layer(nnx.Module):
         self.gate = Linear(d, c.d_ff, rngs, axes=("embed", "mlp"), bias=False) if c.gated else None
         self.up = Linear(d, c.d_ff, rngs, axes=("embed", "mlp"), bias=False)
         self.down = Linear(c.d_ff, d, rngs, axes=("mlp", "embed"), bias=False)
-        self.adapter1 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.adapter2 = Bottleneck(d, c.bottleneck, rngs) if c.bottleneck else None
-        self.prefix = Prefix(c.prefix, c.num_heads, c.d_kv, rngs) if c.prefix else None
+        self.adapter1, self.adapter2 = Bottleneck(d, c.bottleneck, rngs), Bottleneck(d, c.bottleneck, rngs)
+        self.prefix = Prefix(c.prefix, c.num_heads, c.d_kv, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
         """x [B, T, D], mask bool [B, T], bias float32 [1, H, T, T] -> [B, T, D]."""
-        b, t, _ = x.shape
-
-        def split(y: jax.Array) -> jax.Array:
-            # Logits that nothing scales down are large: in float32.
-            return y.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3).astype(jnp.float32)
-
-        prefix = self.prefix() if self.prefix else None
         h = self.norm1(x)
-        y = attend(split(self.q(h)), split(self.k(h)), split(self.v(h)), mask, scale=1.0, bias=bias, prefix=prefix)
-        y = self.out(y.transpose(0, 2, 1, 3).reshape(b, t, -1).astype(x.dtype))
-        x = x + (self.adapter1(y) if self.adapter1 else y)
+        # Logits that nothing scales down are large: in float32.
+        q, k, v = (split_heads(projected(h), self.heads).astype(jnp.float32) for projected in (self.q, self.k, self.v))
+        y = merge_heads(attend(q, k, v, mask, scale=1.0, bias=bias, prefix=self.prefix()))
+        x = x + self.adapter1(self.out(y.astype(x.dtype)))
         h = self.norm2(x)
         y = self.down(self.activation(self.gate(h)) * self.up(h) if self.gate else self.activation(self.up(h)))
-        return x + (self.adapter2(y) if self.adapter2 else y)
+        return x + self.adapter2(y)
 
 
 def buckets(distances: np.ndarray, count: int, furthest: int) -> np.ndarray:

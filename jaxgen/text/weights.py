@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxgen.errors import UserError
-from jaxgen.nn.module import Params, unflatten
+from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.text.sources import read_json, sha256
 
 PICKLES = ("pytorch_model.bin", "model.bin", "*.pt", "*.pth", "*.ckpt", "*.bin")
@@ -53,6 +54,14 @@ def norm(ours: str, theirs: str, *, bias: bool = True) -> dict[str, Tensor]:
     """A PyTorch LayerNorm (or, without bias, RMSNorm) in one of ours."""
     table = {f"{ours}.scale": Tensor(f"{theirs}.weight")}
     return table | ({f"{ours}.bias": Tensor(f"{theirs}.bias")} if bias else {})
+
+
+def layer(ours: str, theirs: str, names: Mapping[str, str], *, bias: bool = True) -> dict[str, Tensor]:
+    """A layer's norms (whose names here begin so) and linear maps; `names` maps ours in it to theirs."""
+    table: dict[str, Tensor] = {}
+    for mine, its in names.items():
+        table |= (norm if mine.startswith("norm") else linear)(f"{ours}.{mine}", f"{theirs}.{its}", bias=bias)
+    return table
 
 
 def load(
@@ -157,8 +166,14 @@ class _Reader:
         return jax.make_array_from_callback(self.shape, sharding, slice_of)
 
 
+def save(file: Path, params: Params, table: Table) -> None:
+    """The inverse of `load`: one safetensors file as transformers writes it."""
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(jax.device_get(params))}
+    save_file(stored(flat, table), file, metadata={"format": "pt"})
+
+
 def stored(flat: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
-    """The inverse of `load`: our arrays by flat name -> theirs."""
+    """Our arrays by flat name -> theirs."""
     parts: dict[str, dict[int, np.ndarray]] = {}
     for ours, tensor in table.items():
         parts.setdefault(tensor.name, {})[tensor.part[0]] = flat[ours]

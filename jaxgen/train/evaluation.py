@@ -13,10 +13,10 @@ from jaxgen.model import Model
 from jaxgen.parallel.mesh import batch_sharding
 from jaxgen.storage import Path
 from jaxgen.text import TextEncoder
-from jaxgen.text.adapt import text_of
 from jaxgen.train.config import RunConfig
 from jaxgen.train.logging import Log
 from jaxgen.train.state import SAMPLE, TrainState, stream
+from jaxgen.train.step import to_float, with_features
 
 
 def evaluate(
@@ -51,13 +51,9 @@ def evaluate(
 
 
 def loss_of(config: RunConfig, params: Any, frozen: Any, batch: Any, key: jax.Array, encoder: TextEncoder) -> jax.Array:
-    if "text" in batch:
-        text = batch["text"]
-    else:
-        weights = config.text.adapt.merge(frozen["text"], text_of(params))
-        text = encoder.apply(weights, batch["input_ids"], batch["attention_mask"])
-    image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-    losses = config.family.losses(params, frozen, {"image": image, "text": text}, key)
+    batch = with_features(batch, params, frozen, config.text.adapt, encoder.apply)
+    batch = {**batch, "image": to_float(batch["image"])}
+    losses = config.family.losses(params, frozen, batch, key)
     return jnp.sum(jnp.stack([loss for loss, _ in losses.values()]))
 
 

@@ -40,9 +40,7 @@ def make_step(
 
     def losses(group: str, trained: Params, rest: Params, frozen: Params, batch: Batch, key: jax.Array):
         params = {**rest, group: trained}
-        if "text" not in batch and encode is not None:
-            text = adapt.merge(frozen["text"], text_of(params))
-            batch = {"image": batch["image"], "text": encode(text, batch["input_ids"], batch["attention_mask"])}
+        batch = with_features(batch, params, frozen, adapt, encode)
         loss, metrics = family.losses(_cast(params, compute_dtype), frozen, batch, key)[group]
         penalty = adapt.penalty(text_of({group: trained}))
         if penalty is not None:
@@ -66,8 +64,9 @@ def make_step(
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = stream(seed, state.step, LOSS)
-        ahead = encode if isinstance(adapt, Frozen) else None
-        batches = jax.tree.map(lambda x: _split(x, accumulate), _prepare(batch, frozen, ahead))
+        if isinstance(adapt, Frozen):  # once for all groups and micro-batches
+            batch = with_features(batch, {}, frozen, adapt, encode)
+        batches = jax.tree.map(lambda x: _split(x, accumulate), {**batch, "image": to_float(batch["image"])})
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
         params, opt_state, metrics, norms = dict(state.params), dict(state.opt_state), {}, []
         for group in state.params:  # a later group's loss sees the groups updated before it
@@ -96,11 +95,17 @@ def make_step(
     return step
 
 
-def _prepare(batch: Batch, frozen: Params, encode: Any) -> Batch:
-    """The batch as families take it: floats in [-1, 1] and text features (without `encode`, what is there for them)."""
-    if "text" not in batch and encode is not None:
-        batch = {"image": batch["image"], "text": encode(frozen["text"], batch["input_ids"], batch["attention_mask"])}
-    return {**batch, "image": batch["image"].astype(jnp.float32) / 127.5 - 1.0}
+def to_float(image: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1], as families take pictures."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def with_features(batch: Batch, params: Params, frozen: Params, adapt: Adaptation, encode: Any) -> Batch:
+    """The batch with "text" in its token ids' place, read by the encoder as `params` have adapted it."""
+    if "text" in batch:
+        return batch
+    text = encode(adapt.merge(frozen["text"], text_of(params)), batch["input_ids"], batch["attention_mask"])
+    return {"image": batch["image"], "text": text}
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

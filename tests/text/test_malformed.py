@@ -178,7 +178,7 @@ def test_a_changed_byte_is_found_by_the_digest(saved, at, by):
     data = bytearray(whole)
     data[at % len(whole)] ^= by
     (directory / "model.safetensors").write_bytes(data)
-    sources.sha256.cache_clear()  # several changes within the clock's resolution
+    sources._sha256.cache_clear()  # several changes within the clock's resolution
     with pytest.raises(UserError) as error:
         weights.files(directory)
     one_line(error, "its SHA-256 differs")
