@@ -70,7 +70,9 @@ def special_tokens(directory: Path) -> dict[str, str]:
 
 def check_new(target: Path) -> None:
     """Raises UserError where something is at a directory that is to be written."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
+        raise UserError(f"cannot write {target}: it is a file; choose a new directory")
+    if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty: choose a new directory")
 
 
