@@ -25,9 +25,13 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=4, help="a prompt (default: 4)")
     parser.add_argument("--steps", type=int, help="of the sampler (default: the model's own)")
     parser.add_argument("--guidance", type=float, help="how strongly the prompt steers; 1 is not at all beyond the model's own")
-    parser.add_argument("--sampler", choices=("euler", "heun"), help="heun takes two network passes a step")
+    parser.add_argument("--sampler", help="one of the model's own; flow: heun (two network passes a step), euler")
+    parser.add_argument("--temperature", type=float, help="below 1 draws what is likelier (gan, vae, autoregressive)")
+    parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens (autoregressive)")
+    parser.add_argument("--top_p", type=float, help="choose among the likeliest tokens of this probability together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the captioned grid (default: grid.png, unless --out_dir is given)")
+    parser.add_argument("--trace", help="a GIF of how the pictures come about")
     parser.add_argument("--out_dir", help="one PNG an image: 0000.png, 0001.png, …, prompt by prompt")
     parser.add_argument("--allow_cpu", action="store_true", help="draw on the CPU though the host has an accelerator")
     args = parser.parse_args()
@@ -45,7 +49,7 @@ def main() -> None:
 
     runtime.start(allow_cpu=args.allow_cpu)
     import jaxgen
-    from jaxgen.evaluate.pictures import save_png, sheet
+    from jaxgen.evaluate.pictures import save_gif, save_png, sheet
     from jaxgen.storage import as_path
     from jaxgen.text import check_prompts
 
@@ -61,24 +65,35 @@ def main() -> None:
 
     # Drawing
     began = time.monotonic()
-    settings = {"seed": args.seed, "guidance_scale": args.guidance, "num_steps": args.steps, "sampler": args.sampler}
-    images = model.sample(prompts, num_images=args.num_images, negative_prompt=args.negative_prompt, **settings)
+    settings = {"seed": args.seed, "guidance_scale": args.guidance, "num_steps": args.steps}
+    settings |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_k", "top_p")}
+    wanted = {"num_images": args.num_images, "negative_prompt": args.negative_prompt}
+    images = model.sample(prompts, **wanted, **settings)
     print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s")
 
     # Files
-    settings = model.settings(**settings) | {"negative_prompt": args.negative_prompt, "step": model.step}
-    settings["model"] = args.workdir or args.model
+    notes = model.settings(**settings) | {"negative_prompt": args.negative_prompt, "step": model.step}
+    notes["model"] = args.workdir or args.model
     if args.expand is not None:
-        settings["asked"] = asked
+        notes["asked"] = asked
     captions = [prompt for prompt in prompts for _ in range(args.num_images)]
     if args.out_dir:
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            metadata = {"prompt": caption, **settings, "image_index": i % args.num_images, "prompt_index": i // args.num_images}
+            metadata = {
+                "prompt": caption,
+                **notes,
+                "image_index": i % args.num_images,
+                "prompt_index": i // args.num_images,
+            }
             save_png(as_path(args.out_dir) / f"{i:04d}.png", image, metadata)
         print(f"{args.out_dir}/0000.png … {len(images) - 1:04d}.png")
+    if args.trace:
+        frames = model.trace(prompts, **wanted, **settings)
+        save_gif(as_path(args.trace), [sheet(list(frame), captions, columns=min(args.num_images, 8)) for frame in frames])
+        print(args.trace)
     if args.out or not args.out_dir:
         out = args.out or "grid.png"
-        save_png(as_path(out), sheet(list(images), captions, columns=min(args.num_images, 8)), {"prompts": prompts, **settings})
+        save_png(as_path(out), sheet(list(images), captions, columns=min(args.num_images, 8)), {"prompts": prompts, **notes})
         print(out)
 
 

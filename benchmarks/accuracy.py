@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
-    parser.add_argument("--sampler", choices=("euler", "heun"))
+    parser.add_argument("--sampler")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--sheet", help="write the first 64 pictures with captions here (PNG)")
     args = parser.parse_args()

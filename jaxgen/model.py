@@ -24,16 +24,24 @@ from jaxgen.text.adapt import adapted, text_of, with_text
 from jaxgen.train.config import RunConfig
 
 FORMAT = 1
+FROZEN = "frozen"  # the group of an exported file that holds what is used and was not trained
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # pictures a call, so that few programs are compiled
 
 
 class Model:
     """Weights, text encoder and configuration, ready to draw.
 
-    mesh: where `params` lie; by default all local devices draw, each a share of the pictures."""
+    frozen: what the family uses and does not train. mesh: where `params` and `frozen` lie; by default all local devices
+    draw, each a share of the pictures."""
 
     def __init__(
-        self, config: RunConfig, params: Params, encoder: TextEncoder, mesh: jax.sharding.Mesh | None = None, step: int = 0
+        self,
+        config: RunConfig,
+        params: Params,
+        encoder: TextEncoder,
+        frozen: Params | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        step: int = 0,
     ):
         self.config, self.step = config, step
         self.encoder = adapted(encoder, config.text.adapt, text_of(params))
@@ -41,9 +49,9 @@ class Model:
         if mesh is None:
             mesh = jax.sharding.Mesh(np.array(jax.local_devices()).reshape(-1, 1), ("data", "fsdp"))
             dtype = compute_dtype(config.train.compute_dtype)
-            params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+            params, frozen = jax.device_put((params, frozen or {}), NamedSharding(mesh, PartitionSpec()))
             params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
-        self.params, self.mesh = params, mesh
+        self.params, self.frozen, self.mesh = params, frozen or {}, mesh
 
     @property
     def shapes(self) -> Shapes:
@@ -58,17 +66,61 @@ class Model:
         guidance_scale: float | None = None,
         num_steps: int | None = None,
         negative_prompt: str = "",
-        sampler: str | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        **settings: Any,
     ) -> np.ndarray:
         """uint8 [len(prompts) * num_images, H, W, 3], prompt by prompt; settings left out are the configuration's.
 
-        A picture depends on (weights, prompt, settings, seed, its prompt's index, its own index) alone."""
+        settings: sampler, guidance_interval, temperature, top_k, top_p, as SampleConfig has them. A picture depends on
+        (weights, prompt, settings, seed, its prompt's index, its own index) alone."""
+        chosen = self.settings(seed, guidance_scale=guidance_scale, num_steps=num_steps, **settings)
+        return self._run(self._draw, prompts, num_images, negative_prompt, chosen)
+
+    def trace(
+        self,
+        prompts: Sequence[str],
+        *,
+        frames: int = 24,
+        num_images: int = 1,
+        seed: int = 0,
+        negative_prompt: str = "",
+        **settings: Any,
+    ) -> np.ndarray:
+        """uint8 [frames, len(prompts) * num_images, H, W, 3]: how the pictures of `sample` come about, step by step, token
+        by token, or, where a picture is drawn at once, on a walk through the latents around it."""
+        if frames < 1:
+            raise UserError(f"frames={frames} must be at least 1")
+        trace = lambda *inputs: self._trace(*inputs, frames).swapaxes(0, 1)  # noqa: E731
+        pictures = self._run(trace, prompts, num_images, negative_prompt, self.settings(seed, **settings))
+        return pictures.swapaxes(0, 1)
+
+    def settings(self, seed: int = 0, **given: Any) -> dict[str, Any]:
+        """The settings a drawing is made with: those given and not None, the configuration's for the rest."""
+        names = ("guidance_scale", "num_steps", "sampler", "guidance_interval", "temperature", "top_k", "top_p")
+        unknown = sorted(given.keys() - set(names))
+        if unknown:
+            raise TypeError(f"unknown setting {unknown[0]!r}: one of {', '.join(names)}")
+        chosen = {k: getattr(self.config.sample, k) if given.get(k) is None else given[k] for k in names}
+        samplers = self.config.family.samplers
+        chosen["sampler"] = chosen["sampler"] or samplers[0]
+        if chosen["sampler"] not in samplers:
+            raise UserError(f"unknown sampler {chosen['sampler']!r}: this model has {', '.join(samplers)}")
+        if chosen["num_steps"] < 1:
+            raise UserError(f"num_steps={chosen['num_steps']} must be at least 1")
+        if chosen["temperature"] < 0 or chosen["top_k"] < 0 or not 0 < chosen["top_p"] <= 1:
+            raise UserError(
+                f"temperature={chosen['temperature']} and top_k={chosen['top_k']} cannot be negative, "
+                f"top_p={chosen['top_p']} must lie in (0, 1]"
+            )
+        return {"seed": seed, **chosen}
+
+    def _run(
+        self, draw: Any, prompts: Sequence[str], num_images: int, negative_prompt: str, chosen: dict[str, Any]
+    ) -> np.ndarray:
+        """The pictures of every prompt from `draw`, called with few different numbers of rows."""
         if isinstance(prompts, str):
             prompts = [prompts]
         if num_images < 1 or not prompts:
             raise UserError("give at least one prompt and one image")
-        chosen = self.settings(seed, guidance_scale, num_steps, sampler, guidance_interval)
         low, high = chosen["guidance_interval"]
         settings = SampleSettings(
             image=self.image,
@@ -77,6 +129,9 @@ class Model:
             guidance_scale=jnp.float32(chosen["guidance_scale"]),
             guidance_low=jnp.float32(low),
             guidance_high=jnp.float32(high),
+            temperature=jnp.float32(chosen["temperature"]),
+            top_k=jnp.int32(chosen["top_k"]),
+            top_p=jnp.float32(chosen["top_p"]),
         )
         unique = list(dict.fromkeys([*prompts, negative_prompt]))
         text = self._encode(unique)
@@ -98,28 +153,8 @@ class Model:
                 some[:, 2],
             )
             inputs = jax.tree.map(spread, inputs)
-            out.append(np.asarray(self._draw(self.params, *inputs, jnp.uint32(seed), settings)))
+            out.append(np.asarray(draw(self.params, self.frozen, *inputs, jnp.uint32(chosen["seed"]), settings)))
         return np.concatenate(out)[: len(jobs)]
-
-    def settings(
-        self,
-        seed: int = 0,
-        guidance_scale: float | None = None,
-        num_steps: int | None = None,
-        sampler: str | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> dict[str, Any]:
-        """The settings a drawing is made with: those given, the configuration's for the rest."""
-        given = {
-            "guidance_scale": guidance_scale,
-            "num_steps": num_steps,
-            "sampler": sampler,
-            "guidance_interval": guidance_interval,
-        }
-        chosen: dict[str, Any] = {k: getattr(self.config.sample, k) if v is None else v for k, v in given.items()}
-        if chosen["num_steps"] < 1:
-            raise UserError(f"num_steps={chosen['num_steps']} must be at least 1")
-        return {"seed": seed, **chosen}
 
     def _encode(self, prompts: Sequence[str]) -> Any:
         """TextFeatures of numpy arrays, a row a prompt."""
@@ -132,16 +167,21 @@ class Model:
 
     @cached_property
     def _draw(self) -> Any:
-        family = self.config.family
+        return self._compiled(self.config.family.sample)
 
-        def draw(params, text, null_text, prompt_index, image_index, seed, settings):
+    @cached_property
+    def _trace(self) -> Any:
+        return self._compiled(self.config.family.trace, static_argnums=8)
+
+    def _compiled(self, method: Any, **options: Any) -> Any:
+        def draw(params, frozen, text, null_text, prompt_index, image_index, seed, settings, *rest):
             def fold(prompt, image):
                 return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
 
             keys = jax.vmap(fold)(prompt_index, image_index)
-            return family.sample(params, {}, text, null_text, keys, settings)
+            return method(params, frozen, text, null_text, keys, settings, *rest)
 
-        return jax.jit(draw, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        return jax.jit(draw, out_shardings=NamedSharding(self.mesh, PartitionSpec()), **options)
 
 
 def _bucketed(rows: np.ndarray, shares: int = 1) -> Iterator[np.ndarray]:
@@ -169,19 +209,26 @@ def load(name_or_path: str) -> Model:
     values = read_json(directory / "config.json")
     exported = values.pop("exported", None)
     config = configs.finalize(configs.from_dict(RunConfig, values, f"{directory}/config.json"))
+    if exported is not None and exported.get("format") != FORMAT:
+        raise UserError(
+            f"{directory} is of format {exported.get('format')}, this jaxgen reads {FORMAT}: install the one that wrote it"
+        )
     encoder = load_text_encoder(config.text.source, max_length=config.text.max_length)
     shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
     abstract = jax.eval_shape(lambda base: _init(config, shapes, base, encoder.pretrained), encoder.params)
     if exported is not None:
-        params, meta = _read_weights(directory / "model.safetensors", abstract), exported
+        like = {**abstract, FROZEN: jax.eval_shape(lambda: config.family.init_frozen(shapes))}
+        params, meta = _read_weights(directory / "model.safetensors", like), exported
+        frozen = params.pop(FROZEN, {})
     else:
         params, meta = _read_checkpoint(directory, abstract)
+        frozen = config.family.load_frozen()
     if meta["text_fingerprint"] != encoder.fingerprint:
         raise UserError(
             f"{directory} was trained with other text encoder files than {config.text.source} has here "
             f"({meta['text_fingerprint'][:12]} there, {encoder.fingerprint[:12]} here): restore those"
         )
-    return Model(config, params, encoder, step=meta["step"])
+    return Model(config, params, encoder, frozen, step=meta["step"])
 
 
 def shipped() -> list[str]:
@@ -195,7 +242,8 @@ def export(workdir: str, directory: str, *, dtype: str = "float16", note: str = 
     from safetensors.numpy import save
 
     model, target = load(workdir), as_path(directory)
-    flat = {name: np.asarray(leaf).astype(np.dtype(dtype)) for name, leaf in flatten(jax.device_get(model.params))}
+    tree = jax.device_get({**model.params, FROZEN: model.frozen})
+    flat = {name: np.asarray(leaf).astype(np.dtype(dtype)) for name, leaf in flatten(tree)}
     values = configs.to_dict(model.config)
     values["exported"] = {"format": FORMAT, "step": model.step, "text_fingerprint": model.encoder.fingerprint}
     write_bytes(target / "model.safetensors", save(flat))
@@ -209,8 +257,11 @@ def read_weights(name_or_path: str) -> dict[str, np.ndarray]:
 
 
 def _init(config: RunConfig, shapes: Shapes, base: Params, pretrained: Any) -> Params:
-    key, architecture = jax.random.key(0), pretrained and pretrained.architecture
-    return with_text(config.family.init(key, shapes), config.text.adapt.init(key, base, architecture))
+    """What is drawn with, fresh."""
+    key, architecture, family = jax.random.key(0), pretrained and pretrained.architecture, config.family
+    params = family.init(key, shapes)
+    params = {group: params[group] for group in family.drawn}
+    return with_text(params, config.text.adapt.init(key, base, architecture), family.drawn[0])
 
 
 def _read_checkpoint(directory: Path, abstract: Params) -> tuple[Params, dict[str, Any]]:

@@ -50,6 +50,14 @@ def save_png(path: Path, image: np.ndarray, metadata: dict[str, Any]) -> None:
     write_bytes(path, encode_png(image, metadata))
 
 
+def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 120) -> None:
+    """An endless GIF of uint8 [H, W, 3] frames; the last one stays for two seconds."""
+    pages = [Image.fromarray(frame) for frame in frames]
+    buffer, times = io.BytesIO(), [milliseconds] * (len(pages) - 1) + [2000]
+    pages[0].save(buffer, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
+    write_bytes(path, buffer.getvalue())
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The text chunks of a PNG."""
     with Image.open(io.BytesIO(path.read_bytes())) as image:

@@ -1,9 +1,10 @@
 """What every family of generators offers; nothing outside this room asks which family it is."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
+import jax.numpy as jnp
 
 from jaxgen.nn.module import Params
 from jaxgen.text.features import TextFeatures
@@ -20,7 +21,8 @@ class Shapes(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampleSettings:
-    """What to draw, and how. All numbers are traced: new values never recompile."""
+    """What to draw, and how. All numbers are traced: new values never recompile. A family reads those that mean
+    something to it."""
 
     image: tuple[int, int, int] = field(metadata={"static": True})  # H, W, C
     sampler: str = field(default="heun", metadata={"static": True})
@@ -28,25 +30,34 @@ class SampleSettings:
     guidance_scale: jax.Array | float = 3.0  # 1 is no guidance
     guidance_low: jax.Array | float = 0.0  # guidance acts while low <= t <= high (arXiv 2404.07724)
     guidance_high: jax.Array | float = 1.0
+    temperature: jax.Array | float = 1.0  # of what is drawn at random: latents, tokens
+    top_k: jax.Array | int = 0  # tokens to choose among; 0 is all
+    top_p: jax.Array | float = 1.0  # share of the probability to choose among
+
+
+Losses = dict[str, tuple[jax.Array, dict[str, jax.Array]]]  # {group: (scalar, metrics)}
 
 
 class Family(Protocol):
-    """A frozen config dataclass with these methods.
+    """A frozen config dataclass, a subclass of this one.
 
-    `params` is {group: tree}: the step takes the gradient of each group's loss for that group's parameters alone, in
-    the order `losses` gives them."""
+    `params` is {group: tree}: in every step the groups are updated one after the other, in the order of `groups`, each by
+    the gradient of its own loss for its own parameters; a later one's loss sees those updated before it. The running
+    average of `drawn` is what draws, and all that is exported."""
+
+    groups: ClassVar[tuple[str, ...]] = ("generator",)
+    drawn: ClassVar[tuple[str, ...]] = ("generator",)
+    samplers: ClassVar[tuple[str, ...]]  # the first is the default
 
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
-        """Fresh float32 parameters."""
+        """Fresh float32 parameters, {group: tree}. Raises UserError where the picture's shape does not fit."""
         ...
 
     def logical_axes(self, shapes: Shapes) -> Params:
         """The tree of `init` with logical axis names in each array's place."""
         ...
 
-    def losses(
-        self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array
-    ) -> dict[str, tuple[jax.Array, dict[str, jax.Array]]]:
+    def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         """{group: (scalar loss, metrics)} for batch {"image": float [B, H, W, C] in [-1, 1], "text": TextFeatures}."""
         ...
 
@@ -64,6 +75,46 @@ class Family(Protocol):
         `null_text` (B captions) is what guidance leads away from: the empty caption or a negative prompt."""
         ...
 
-    def flops(self, shapes: Shapes, tokens: int) -> float:
-        """Floating point operations (two a multiply-add) of one forward pass for one image."""
+    def trace(
+        self,
+        params: Params,
+        frozen: Params,
+        text: TextFeatures,
+        null_text: TextFeatures,
+        key: jax.Array,
+        settings: SampleSettings,
+        frames: int,
+    ) -> jax.Array:
+        """uint8 [frames, B, H, W, C]: how the pictures of `sample` come about; where the family works in steps the last
+        frame is `sample`'s picture."""
         ...
+
+    def flops(self, shapes: Shapes, tokens: int) -> float:
+        """Floating point operations (two a multiply-add) to draw one image in one pass of the network."""
+        ...
+
+    def train_flops(self, shapes: Shapes, tokens: int) -> float:
+        """Those of one image in one training step: a forward pass and a backward pass of twice its work."""
+        return 3.0 * self.flops(shapes, tokens)
+
+    def resolve(self) -> Self:
+        """This configuration with what it reads from files it names; called once, before anything else. Raises UserError."""
+        return self
+
+    def init_frozen(self, shapes: Shapes) -> Params:
+        """The parameters of what is used but not trained (an autoencoder), fresh and meaningless: for their shapes."""
+        return {}
+
+    def load_frozen(self) -> Params:
+        """The same from the files that the configuration names, float32. Raises UserError."""
+        return {}
+
+
+def to_uint8(image: jax.Array) -> jax.Array:
+    """float in [-1, 1], clipped -> uint8, as families give pictures."""
+    return jnp.round((jnp.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal float32 [B, *shape], a row from each key of `key` [B]."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(key)

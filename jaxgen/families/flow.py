@@ -5,26 +5,27 @@ weight bounded at small t so that every noise level has a like share of it (Lipm
 arXiv 2209.03003; clean-picture prediction: Li and He, arXiv 2511.13720; logit-normal times: Esser et al., arXiv 2403.03206)."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxgen.config import register
 from jaxgen.errors import UserError
-from jaxgen.families.base import SampleSettings, Shapes
+from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, noise, to_uint8
 from jaxgen.families.transformer import Transformer
 from jaxgen.families.unet import UNet
 from jaxgen.nn.module import Params, bind, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
 
 MIN_TIME = 0.05  # below this the velocity is not divided by t any further
-SAMPLERS = ("euler", "heun")
 
 
 @register("flow")
 @dataclass(frozen=True)
-class Flow:
+class Flow(Family):
+    samplers: ClassVar = ("heun", "euler")
+
     network: UNet | Transformer = field(default_factory=UNet)
     time_mean: float = 0.0  # of the logit-normal distribution of t; larger trains more on noisy pictures
     time_std: float = 1.0
@@ -45,15 +46,12 @@ class Flow:
     def logical_axes(self, shapes: Shapes) -> Params:
         return {"generator": logical_axes(self._build(shapes))}
 
-    def losses(
-        self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array
-    ) -> dict[str, tuple[jax.Array, dict[str, jax.Array]]]:
+    def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         image, text = batch["image"], batch["text"]
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         t = self.draw_times(time_key, image.shape[0])
-        noise = jax.random.normal(noise_key, image.shape, jnp.float32)
         at = t[:, None, None, None]
-        x_t = (1 - at) * image + at * noise
+        x_t = (1 - at) * image + at * jax.random.normal(noise_key, image.shape, jnp.float32)
         clean = self._predict(params, x_t, t, text, dropout_key)
         error = jnp.mean(jnp.square(clean - image), axis=(1, 2, 3))
         weight = 1.0 / jnp.square(jnp.maximum(t, self.loss_min_time))
@@ -76,12 +74,38 @@ class Flow:
         settings: SampleSettings,
     ) -> jax.Array:
         """uint8 [B, H, W, C]; see Family.sample."""
-        if settings.sampler not in SAMPLERS:
-            raise UserError(f"unknown sampler {settings.sampler!r}: one of {', '.join(SAMPLERS)}")
-        x = jax.vmap(lambda k: jax.random.normal(k, settings.image))(key)
+        step = self._stepper(params, text, null_text, settings)
+        begin = noise(key, settings.image)
+        x, _ = jax.lax.fori_loop(0, settings.num_steps, lambda i, state: step(i, state[0]), (begin, begin))
+        return to_uint8(x)
+
+    def trace(
+        self,
+        params: Params,
+        frozen: Params,
+        text: TextFeatures,
+        null_text: TextFeatures,
+        key: jax.Array,
+        settings: SampleSettings,
+        frames: int,
+    ) -> jax.Array:
+        """uint8 [frames, B, H, W, C]: what the network takes the clean picture for, ever later; see Family.trace."""
+        step = self._stepper(params, text, null_text, settings)
+        begin = noise(key, settings.image)
+        bounds = jnp.round(jnp.linspace(0, settings.num_steps, frames + 1)).astype(jnp.int32)
+
+        def frame(state: tuple[jax.Array, jax.Array], k: jax.Array):
+            state = jax.lax.fori_loop(bounds[k], bounds[k + 1], lambda i, state: step(i, state[0]), state)
+            return state, to_uint8(state[1])
+
+        (x, _), seen = jax.lax.scan(frame, (begin, begin), jnp.arange(frames))
+        return seen.at[-1].set(to_uint8(x))
+
+    def _stepper(self, params: Params, text: TextFeatures, null_text: TextFeatures, settings: SampleSettings) -> Any:
+        """step(i, x) -> (x after the i-th of num_steps steps, the clean picture as it was seen from before it)."""
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, null_text)
 
-        def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
             def plain() -> jax.Array:
                 return self._predict(params, x, jnp.full(x.shape[:1], t), text)
 
@@ -91,24 +115,27 @@ class Flow:
                 return null + settings.guidance_scale * (clean - null)
 
             inside = (t >= settings.guidance_low) & (t <= settings.guidance_high) & (settings.guidance_scale != 1.0)
-            return (x - jax.lax.cond(inside, guided, plain)) / jnp.maximum(t, MIN_TIME)
+            return jax.lax.cond(inside, guided, plain)
+
+        def velocity(x: jax.Array, t: jax.Array, clean: jax.Array) -> jax.Array:
+            return (x - clean) / jnp.maximum(t, MIN_TIME)
 
         def time(i: jax.Array) -> jax.Array:
             t = 1.0 - i / settings.num_steps
             return self.sample_shift * t / (1.0 + (self.sample_shift - 1.0) * t)
 
-        def step(i: jax.Array, x: jax.Array) -> jax.Array:
+        def step(i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             t, after = time(i), time(i + 1)
-            v = velocity(x, t)
+            clean = predict(x, t)
+            v = velocity(x, t, clean)
             ahead = x + (after - t) * v
             if settings.sampler == "euler":
-                return ahead
+                return ahead, clean
             # Heun's corrector; the last step ends on the clean prediction itself and has nothing to correct.
-            corrected = lambda: x + (after - t) * 0.5 * (v + velocity(ahead, after))  # noqa: E731
-            return jax.lax.cond(after > 0, corrected, lambda: ahead)
+            corrected = lambda: x + (after - t) * 0.5 * (v + velocity(ahead, after, predict(ahead, after)))  # noqa: E731
+            return jax.lax.cond(after > 0, corrected, lambda: ahead), clean
 
-        x = jax.lax.fori_loop(0, settings.num_steps, step, x)
-        return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+        return step
 
     def flops(self, shapes: Shapes, tokens: int) -> float:
         return self.network.flops(shapes, tokens)

@@ -389,14 +389,13 @@ def keep_frozen(encoder: "TextEncoder", trained: Params) -> None:
         encoder.pretrained = replace(encoder.pretrained, params=encoder.params)
 
 
-def with_text(params: Params, trained: Params) -> Params:
-    """{group: tree} of a generator, its first group with `trained` in it."""
+def with_text(params: Params, trained: Params, group: str) -> Params:
+    """{group: tree} of a generator, one of its groups with `trained` in it."""
     if not trained:
         return params
-    first = next(iter(params))
-    if TEXT in params[first]:
+    if TEXT in params[group]:
         raise ValueError(f"a network's part is called {TEXT!r}, which is the adapted text encoder's name")
-    return {**params, first: {**params[first], TEXT: trained}}
+    return {**params, group: {**params[group], TEXT: trained}}
 
 
 def text_of(params: Params) -> Params:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxgen import families
 from jaxgen.data.config import DataConfig
 from jaxgen.errors import UserError
-from jaxgen.families.flow import Flow
 from jaxgen.parallel.mesh import MeshConfig
 from jaxgen.text.config import TextConfig
 
@@ -64,7 +64,10 @@ class SampleConfig:
     num_steps: int = 20
     guidance_scale: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    sampler: str = "heun"
+    sampler: str = ""  # the family's first one
+    temperature: float = 1.0  # of what is drawn at random: latents, tokens
+    top_k: int = 0  # tokens to choose among; 0 is all
+    top_p: float = 1.0  # share of the probability to choose among
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class RunConfig:
     seed: int = 0
-    family: Flow = field(default_factory=Flow)
+    family: families.Family = field(default_factory=families.DEFAULT)
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -38,13 +38,14 @@ def evaluate(
         for k in range(max(config.eval.count // size, 1)):
             local = ready(next(feed))
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local)
-            losses.append(score(state.ema_params, frozen, batch, stream(config.seed, k, SAMPLE)))
+            losses.append(score({**state.params, **state.ema_params}, frozen, batch, stream(config.seed, k, SAMPLE)))
         scores["eval/loss"] = float(np.mean(jax.device_get(losses)))
     if config.data.name == "scenes":
         from jaxgen.evaluate.accuracy import accuracy
 
         language = "en" if "en" in config.data.languages else config.data.languages[0]
-        scores |= accuracy(Model(config, state.ema_params, encoder, mesh), "validation", config.eval.count, language=language)
+        model = Model(config, state.ema_params, encoder, frozen, mesh)
+        scores |= accuracy(model, "validation", config.eval.count, language=language)
     if config.eval.metric not in scores:
         raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(scores)}")
     return scores
@@ -67,9 +68,11 @@ def keep_best(control: dict[str, Any], config: RunConfig, scores: dict[str, floa
         control["stopped"] = 0 < config.eval.patience <= control["waited"]
 
 
-def draw(config: RunConfig, state: TrainState, encoder: TextEncoder, mesh: Any, step: int, workdir: Path, log: Log) -> None:
+def draw(
+    config: RunConfig, state: TrainState, frozen: Any, encoder: TextEncoder, mesh: Any, step: int, workdir: Path, log: Log
+) -> None:
     """A captioned sheet of the configured prompts into samples/."""
-    model = Model(config, state.ema_params, encoder, mesh, step)
+    model = Model(config, state.ema_params, encoder, frozen, mesh, step)
     images = model.sample(config.sample.prompts, num_images=config.sample.num_images)
     if jax.process_index() == 0:
         captions = [prompt for prompt in config.sample.prompts for _ in range(config.sample.num_images)]

@@ -1,5 +1,6 @@
 """A run from its configuration to its last checkpoint; the same call again goes on where it stopped."""
 
+import dataclasses
 import logging
 import os
 import signal
@@ -54,7 +55,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
 
     Raises UserError for whatever the user can mend, a loss that is not finite included."""
     began = time.monotonic()
-    family = config.family
+    family = config.family.resolve()
+    config = dataclasses.replace(config, family=family)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
     claim(workdir, config)
@@ -73,8 +75,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
 
     # State
     shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
-    groups = jax.eval_shape(lambda: family.init(jax.random.key(0), shapes))
-    optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh, config.text) for group in groups}
+    optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh, config.text) for group in family.groups}
     adapt = config.text.adapt
     architecture: Any = encoder.pretrained and encoder.pretrained.architecture
 
@@ -82,7 +83,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         return create(family, shapes, optimizers, config.seed, lambda key: adapt.init(key, base, architecture))
 
     abstract = jax.eval_shape(make, encoder.params)
-    where = shardings(abstract, with_text(family.logical_axes(shapes), adapt.axes(architecture)), mesh)
+    axes = with_text(family.logical_axes(shapes), adapt.axes(architecture), family.drawn[0])
+    where = shardings(abstract, axes, mesh)
     abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, config.eval.score if config.eval.every else None)
     restored = checkpoints.restore(abstract)
@@ -97,7 +99,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         if config.train.init_from is not None:
             state = take_weights(state, config.train.init_from, config.train.init_skip, where)
     keep_frozen(encoder, text_of(state.params))
-    frozen = {"text": encoder.params} if in_step else {}
+    frozen = jax.device_put(family.load_frozen(), replicated(mesh)) | ({"text": encoder.params} if in_step else {})
     if jax.process_index() == 0:
         write_json(workdir / "config.json", configs.to_dict(config))
     step = first = int(state.step)
@@ -141,7 +143,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     # Loop
     log = Log(workdir, step, configs.to_dict(config))
     log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began})
-    flops = 3.0 * family.flops(shapes, tokens_of(batch)) * config.train.batch_size
+    flops = family.train_flops(shapes, tokens_of(batch)) * config.train.batch_size
     interrupted = catch_signals()
     hush_writers()
     trace = Trace(workdir, first + 10) if profile else None
@@ -204,7 +206,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
             keep_best(control, config, scores)
         if config.sample.prompts and (step % config.sample.every == 0 or last) and not stopping:
             stop_if_failed(metrics)
-            draw(config, state, encoder, mesh, step, workdir, log)
+            draw(config, state, frozen, encoder, mesh, step, workdir, log)
         if step % config.train.checkpoint_every == 0 or last or stopping or scores is not None:
             stop_if_failed(metrics)
             save(scores)
@@ -293,7 +295,7 @@ def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: A
     tell(f"  left there: {', '.join(left) or 'none'}")
     params = unflatten({name: theirs[name] if name in taken else ours[name] for name in ours})
     params = jax.tree.map(lambda p, s: jax.device_put(np.asarray(p), s), params, where.params)
-    ema = jax.tree.map(jnp.copy, params)
+    ema = jax.tree.map(jnp.copy, {group: params[group] for group in state.ema_params})
     return TrainState(state.step, params, ema, state.opt_state, state.control)
 
 

@@ -24,7 +24,8 @@ class TrainState:
     """Trainables only; what is frozen is an argument of the step.
 
     step: int32 [], steps done.
-    params, ema_params: {group: tree of float32}.
+    params: {group: tree of float32}.
+    ema_params: the same of the groups that draw.
     opt_state: {group: optax state}.
     control: {"failed": int32 [], the step whose loss or gradient was not finite, or -1}."""
 
@@ -48,11 +49,11 @@ def create(
     text: Callable[[jax.Array], Params] = lambda key: {},
 ) -> TrainState:
     """A fresh state; pure, to be jitted with `shardings` as its output's. `text` makes what is trained of the text encoder."""
-    params = with_text(family.init(stream(seed, 0, INIT), shapes), text(stream(seed, 0, ADAPT)))
+    params = with_text(family.init(stream(seed, 0, INIT), shapes), text(stream(seed, 0, ADAPT)), family.drawn[0])
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema_params=jax.tree.map(jnp.copy, params),
+        ema_params=jax.tree.map(jnp.copy, {group: params[group] for group in family.drawn}),
         opt_state={group: optimizers[group].init(tree) for group, tree in params.items()},
         control={"failed": jnp.full((), -1, jnp.int32)},
     )
@@ -79,7 +80,7 @@ def shardings(state: TrainState, axes: Params, mesh: Mesh) -> Any:
     return TrainState(
         step=replicated(mesh),  # ty: ignore[invalid-argument-type]
         params=params,
-        ema_params=params,
+        ema_params={group: params[group] for group in state.ema_params},
         opt_state=jax.tree_util.tree_map_with_path(mirrored, state.opt_state),
         control=jax.tree.map(lambda _: replicated(mesh), state.control),
     )

@@ -69,7 +69,7 @@ def make_step(
         batches = jax.tree.map(lambda x: _split(x, accumulate), {**batch, "image": to_float(batch["image"])})
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
         params, opt_state, metrics, norms = dict(state.params), dict(state.opt_state), {}, []
-        for group in state.params:  # a later group's loss sees the groups updated before it
+        for group in family.groups:  # a later group's loss sees the groups updated before it
             values, grads = gradients(group, params, frozen, batches, keys)
             norms.append(optax.tree.norm(grads))
             updates, opt_state[group] = optimizers[group].update(grads, opt_state[group], params[group])
@@ -80,7 +80,10 @@ def make_step(
         metrics["grad_norm"] = jnp.sqrt(sum(jnp.square(norm) for norm in norms))
         # The average follows fast at first, so that short runs are not held back by their first weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema_params, params)
+        ema = {
+            group: jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), old, params[group])
+            for group, old in state.ema_params.items()
+        }
         for group in ema:
             if TEXT in ema[group]:
                 ema[group] = {**ema[group], TEXT: adapt.averaged(ema[group][TEXT], params[group][TEXT])}

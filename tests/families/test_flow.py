@@ -189,8 +189,6 @@ def test_sizes_that_do_not_fit_are_told():
         Transformer(width=100, head_dim=64).validate()
     with pytest.raises(UserError, match="one entry a level"):
         UNet(widths=(8,)).validate()
-    with pytest.raises(UserError, match="unknown sampler"):
-        Flow(network=UNET).sample({}, {}, text(), text(), None, dataclasses.replace(SETTINGS, sampler="magic"))
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=["unet", "transformer"])

@@ -5,12 +5,21 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxgen.families.base import Family, to_uint8
+
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Family):
     """Predicts the mean of each picture from its pooled text; `second` adds a group that sees the first one's output."""
 
+    drawn = ("first",)
+    samplers = ("direct",)
+
     second: bool = False
+
+    @property
+    def groups(self):
+        return ("first", "second") if self.second else ("first",)
 
     def init(self, key, shapes):
         w = 0.1 * jax.random.normal(key, (shapes.pooled, 4))
@@ -33,7 +42,7 @@ class Toy:
     def sample(self, params, frozen, text, null_text, key, settings):
         value = (jnp.tanh(text.pooled @ params["first"]["w"]) @ params["first"]["out"])[:, :, None, None]
         value = jnp.broadcast_to(value, (text.pooled.shape[0], *settings.image))
-        return jnp.round((jnp.clip(value, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+        return to_uint8(value)
 
     def flops(self, shapes, tokens):
         return 2.0 * shapes.pooled * 4
