@@ -5,8 +5,10 @@
 Without --workdir the small model that ships with the package draws. Prompt and settings stand in each PNG's metadata."""
 
 import argparse
+import itertools
 import sys
 import time
+from typing import Any
 
 from jaxgen.errors import UserError, cli
 
@@ -17,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--workdir", help="a run of train.py, or an exported model; the newest EMA weights draw")
-    which.add_argument("--model", default="flow", help="a model that ships with the package (default: flow)")
+    which.add_argument("--model", default="flow", help="a model that ships with the package, or all (default: flow)")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts_file", help="a text file, a prompt a line")
     parser.add_argument("--expand", nargs="?", const="", help="say prompts in more words first, with this language model")
@@ -44,57 +46,74 @@ def main() -> None:
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed} must lie between 0 and 2^32 - 1")
 
-    # Model
+    # Models
     from jaxgen.parallel import runtime
 
     runtime.start(allow_cpu=args.allow_cpu)
-    import jaxgen
     from jaxgen.evaluate.pictures import save_gif, save_png, sheet
+    from jaxgen.model import load, shipped
     from jaxgen.storage import as_path
     from jaxgen.text import check_prompts
 
-    model = jaxgen.load(args.workdir or args.model)
+    names = shipped() if args.model == "all" and not args.workdir else [args.workdir or args.model]
     asked = prompts
     if args.expand is not None:
         from jaxgen.text.expand import DEFAULT, expand_prompts
 
         prompts = expand_prompts(prompts, args.expand or DEFAULT, seed=args.seed)
         print("\n".join(prompts))
-    for warning in check_prompts(model.encoder, prompts, args.negative_prompt):
-        print(f"warning: {warning}", file=sys.stderr)
-
-    # Drawing
-    began = time.monotonic()
-    settings = {"seed": args.seed, "guidance_scale": args.guidance, "num_steps": args.steps}
-    settings |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_k", "top_p")}
-    wanted = {"num_images": args.num_images, "negative_prompt": args.negative_prompt}
-    images = model.sample(prompts, **wanted, **settings)
-    print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s")
-
-    # Files
-    notes = model.settings(**settings) | {"negative_prompt": args.negative_prompt, "step": model.step}
-    notes["model"] = args.workdir or args.model
-    if args.expand is not None:
-        notes["asked"] = asked
     captions = [prompt for prompt in prompts for _ in range(args.num_images)]
-    if args.out_dir:
-        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            metadata = {
-                "prompt": caption,
-                **notes,
-                "image_index": i % args.num_images,
-                "prompt_index": i // args.num_images,
-            }
-            save_png(as_path(args.out_dir) / f"{i:04d}.png", image, metadata)
-        print(f"{args.out_dir}/0000.png … {len(images) - 1:04d}.png")
+    wanted = {"num_images": args.num_images, "negative_prompt": args.negative_prompt}
+    chosen = {"seed": args.seed, "guidance_scale": args.guidance, "num_steps": args.steps}
+    chosen |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_k", "top_p")}
+    pictures, under, notes, frames = [], [], {}, []
+    for name in names:
+        model = load(name)
+        for warning in check_prompts(model.encoder, prompts, args.negative_prompt):
+            print(f"warning: {warning}", file=sys.stderr)
+
+        # Drawing
+        began = time.monotonic()
+        images = model.sample(prompts, **wanted, **chosen)
+        seconds = time.monotonic() - began
+        print(f"{len(images)} pictures in {seconds:.1f} s" + (f" by {name}" if len(names) > 1 else ""))
+        pictures += list(images)
+        under += captions if len(names) == 1 else judged(name, images, captions)
+        notes = model.settings(**chosen) | {"negative_prompt": args.negative_prompt, "step": model.step, "model": name}
+        if args.expand is not None:
+            notes["asked"] = asked
+        if args.trace:
+            frames.append(model.trace(prompts, **wanted, **chosen))
+
+        # Files
+        if args.out_dir:
+            place = as_path(args.out_dir) / (name if len(names) > 1 else "")
+            for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+                where = {"image_index": i % args.num_images, "prompt_index": i // args.num_images}
+                save_png(place / f"{i:04d}.png", image, {"prompt": caption, **notes, **where})
+            print(f"{place}/0000.png … {len(images) - 1:04d}.png")
+    columns = min(args.num_images, 8) if len(names) == 1 else len(captions)
     if args.trace:
-        frames = model.trace(prompts, **wanted, **settings)
-        save_gif(as_path(args.trace), [sheet(list(frame), captions, columns=min(args.num_images, 8)) for frame in frames])
+        pages = [sheet([*itertools.chain(*moment)], under, columns) for moment in zip(*frames, strict=True)]
+        save_gif(as_path(args.trace), pages)
         print(args.trace)
     if args.out or not args.out_dir:
         out = args.out or "grid.png"
-        save_png(as_path(out), sheet(list(images), captions, columns=min(args.num_images, 8)), {"prompts": prompts, **notes})
+        metadata = notes if len(names) == 1 else {"model": names, "seed": args.seed}
+        save_png(as_path(out), sheet(pictures, under, columns), {"prompts": prompts, **metadata})
         print(out)
+
+
+def judged(name: str, images: Any, captions: list[str]) -> list[str]:
+    """Captions for a sheet of several models: whose picture it is and, where a caption is a scene's, whether it is right."""
+    from jaxgen.data.scenes import parse
+    from jaxgen.evaluate.verifier import verify
+
+    def verdict(image, caption: str) -> str:
+        scene = parse(caption)
+        return "" if scene is None else " (right)" if verify(image[None], [scene]).exact[0] else " (wrong)"
+
+    return [f"{name}{verdict(image, caption)}: {caption}" for image, caption in zip(images, captions, strict=True)]
 
 
 def read_prompts(file: str | None) -> list[str]:

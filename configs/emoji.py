@@ -3,6 +3,10 @@
     uv run train.py --config=configs/emoji.py --config.data.source=DIR
 
 DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.jsonl.
+
+Two CPU cores, 65 minutes alone (60 images/s; 112 minutes beside other work): loss on names never seen 0.095 at its least, 0.104
+at the end. Of 16 names of the set, drawn once each, 11 can be told (docs/emoji.png): apple, cat, heart, house, tree and car are
+clean, umbrella, fish, star, banana and sun are not.
 """
 
 from jaxgen.data.config import DataConfig

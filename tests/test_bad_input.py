@@ -192,6 +192,19 @@ def test_pictures_for_a_place_without_permission_are_refused(draw):
     assert err == f"error: no permission to write {FORBIDDEN}/grid.png: choose a directory of your own\n"
 
 
+def test_settings_that_mean_nothing_are_refused(draw):
+    for flag, line in (
+        ("--sampler=magic", "unknown sampler 'magic': this model has "),
+        ("--temperature=-1", "temperature=-1.0 and top_k=0 cannot be negative"),
+        ("--top_p=0", "top_p=0.0 must lie in (0, 1]"),
+    ):
+        status, _, err = draw("--prompt=grey", flag)
+        assert status == 2
+        assert err.startswith("error: ")
+        assert line in err
+        assert err.count("\n") == 1
+
+
 def test_a_prompt_that_is_too_long_is_told_cut_and_drawn(draw, tmp_path):
     # 32 tokens, two of them special: the first 30 words count.
     pictures = []

@@ -4,6 +4,7 @@ Small enough to learn on a laptop, and exact: what a caption asks for can be che
 Example i of a split is a function of (seed, split, i) alone. Lengths are in pixels of an S x S picture, y points down."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -261,6 +262,23 @@ def caption(scene: Scene, language: str = "en") -> str:
     if language == "zh":
         return scenes_zh.caption(scene)
     return _sentence(_words(scene), scene.kind)
+
+
+def parse(text: str) -> Scene | None:
+    """The scene of a canonical caption, its centres unknown; None for any other sentence. For judging, never for drawing."""
+    choice = lambda names: f"({'|'.join(names)})"  # noqa: E731
+    one = f"an? {choice(SIZES)} {choice(COLOURS)} {choice(SHAPES)}"
+    if match := re.fullmatch(f"{one}(?: {choice(PHRASES.values())} {one})?", text):
+        a = Object(match[1], match[2], match[3])
+        if match[4] is None:
+            return Scene("single", (a,))
+        relation = next(name for name, phrase in PHRASES.items() if phrase == match[4])
+        return Scene("relation", (a, Object(match[5], match[6], match[7])), relation)
+    if match := re.fullmatch(f"{choice(NUMBERS.values())} {choice(SIZES)} {choice(COLOURS)} {choice(PLURALS.values())}", text):
+        count = next(n for n, name in NUMBERS.items() if name == match[1])
+        shape = next(name for name, many in PLURALS.items() if many == match[4])
+        return Scene("count", (Object(match[2], match[3], shape),) * count)
+    return None
 
 
 def paraphrase(scene: Scene, rng: np.random.Generator, split: str = "train", language: str = "en") -> str:

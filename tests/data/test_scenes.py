@@ -57,6 +57,17 @@ def test_canonical_captions():
     assert s.caption(s.Scene("count", (cross,) * 3)) == "three small orange crosses"
 
 
+def test_canonical_captions_are_read_back_and_no_other_sentence():
+    for split in s.SPLITS[:4]:
+        for caption, scene in s.prompts(split, 100):
+            found = s.parse(caption)
+            assert (found.kind, found.relation) == (scene.kind, scene.relation)
+            assert [o.description for o in found.objects] == [o.description for o in scene.objects]
+    for other in ("", "a red circle", "small red circle", "two large red circle", "a small red circle by a large blue square"):
+        assert s.parse(other) is None
+    assert all(s.parse(caption) is None for caption, _ in s.prompts("test_paraphrases", 50))
+
+
 def test_held_out_words_never_occur_in_training():
     held = {new for _, new in s.SYNONYMS.values()}
     for index in range(300):

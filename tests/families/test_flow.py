@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ def random_params(family, scale=0.2):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(tree, [p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+
+
+@functools.cache
+def predict(family):
+    return jax.jit(family._predict)
 
 
 @pytest.fixture(params=NETWORKS, ids=["unet", "transformer"])
@@ -70,12 +76,12 @@ def test_the_loss_is_the_squared_error_of_the_velocity(family, min_time):
     family = dataclasses.replace(family, loss_min_time=min_time)
     params, key = random_params(family), jax.random.key(5)
     image = jax.random.uniform(jax.random.key(2), (4, *SHAPES.image), minval=-1, maxval=1)
-    loss, metrics = family.losses(params, {}, {"image": image, "text": text()}, key)["generator"]
+    loss, metrics = jax.jit(family.losses)(params, {}, {"image": image, "text": text()}, key)["generator"]
     time_key, noise_key, _dropout_key = jax.random.split(key, 3)
     t = np.asarray(family.draw_times(time_key, 4), np.float64)[:, None, None, None]
     noise = np.asarray(jax.random.normal(noise_key, image.shape), np.float64)
     x_t = (1 - t) * np.asarray(image, np.float64) + t * noise
-    clean = family._predict(params, jnp.asarray(x_t, jnp.float32), jnp.asarray(t[:, 0, 0, 0], jnp.float32), text())
+    clean = predict(family)(params, jnp.asarray(x_t, jnp.float32), jnp.asarray(t[:, 0, 0, 0], jnp.float32), text())
     floor = np.maximum(t, min_time)
     difference = (x_t - np.asarray(clean, np.float64)) / floor - (x_t - np.asarray(image, np.float64)) / floor
     np.testing.assert_allclose(loss, np.mean(difference**2), rtol=2e-5)
@@ -90,12 +96,12 @@ def test_padding_tokens_do_not_count(family):
         hidden=jnp.pad(words.hidden, ((0, 0), (0, 5), (0, 0)), constant_values=9.0),
         mask=jnp.pad(words.mask, ((0, 0), (0, 5))),
     )
-    plain = family._predict(params, x, t, words)
-    np.testing.assert_allclose(plain, family._predict(params, x, t, padded), atol=1e-5)
+    plain = predict(family)(params, x, t, words)
+    np.testing.assert_allclose(plain, predict(family)(params, x, t, padded), atol=1e-5)
     other = dataclasses.replace(words, hidden=words.hidden.at[:, 1].add(1.0))
-    assert float(jnp.abs(plain - family._predict(params, x, t, other)).max()) > 1e-3  # real tokens do
+    assert float(jnp.abs(plain - predict(family)(params, x, t, other)).max()) > 1e-3  # real tokens do
     other = dataclasses.replace(words, pooled=words.pooled.at[:, 1].add(1.0))
-    assert float(jnp.abs(plain - family._predict(params, x, t, other)).max()) > 1e-3
+    assert float(jnp.abs(plain - predict(family)(params, x, t, other)).max()) > 1e-3
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
@@ -151,6 +157,21 @@ def test_the_samplers_converge_to_the_exact_flow_and_heun_faster():
     assert error("heun", 200) < 0.01
 
 
+@pytest.mark.parametrize("frames", [1, 3, 9])
+def test_a_trace_shows_the_clean_picture_ever_later_and_ends_with_what_is_drawn(frames):
+    family = Flow(network=Gaussian(0.3))
+    params = {"generator": {"unused": jnp.zeros(())}}
+    keys = jax.random.split(jax.random.key(4), 2)
+    settings = dataclasses.replace(SETTINGS, guidance_scale=1.0)
+    inputs = params, {}, text(2), text(2), keys, settings
+    seen, drawn = family.trace(*inputs, frames), family.sample(*inputs)
+    assert seen.shape == (frames, *drawn.shape)
+    np.testing.assert_array_equal(seen[-1], drawn)
+    if frames == 3:  # of four steps: the first frame is the prediction from the noise alone, which is grey
+        assert np.abs(np.asarray(seen[0], int) - 128).max() <= 1
+        assert np.asarray(seen[1], float).std() < np.asarray(drawn, float).std()
+
+
 def test_numbers_are_traced_and_one_picture_ignores_its_batch(family):
     params = random_params(family)
     null = jax.tree.map(lambda a: jnp.repeat(a[:1], 4, axis=0), text(1, seed=1))
@@ -177,9 +198,9 @@ def test_dropout_acts_in_training_only():
     family = Flow(network=dataclasses.replace(UNET, dropout=0.5))
     params = random_params(family)
     x, t = jnp.ones((2, *SHAPES.image)), jnp.full((2,), 0.5)
-    one, two = (family._predict(params, x, t, text(2), jax.random.key(k)) for k in (0, 1))
+    one, two = (predict(family)(params, x, t, text(2), jax.random.key(k)) for k in (0, 1))
     assert float(jnp.abs(one - two).max()) > 1e-3
-    np.testing.assert_array_equal(*(family._predict(params, x, t, text(2)) for _ in range(2)))
+    np.testing.assert_array_equal(*(predict(family)(params, x, t, text(2)) for _ in range(2)))
 
 
 def test_sizes_that_do_not_fit_are_told():
@@ -195,7 +216,7 @@ def test_sizes_that_do_not_fit_are_told():
 def test_flops_are_those_xla_counts(network):
     family, shapes = Flow(network=network), Shapes((64, 64, 3), 12, 10)  # large, as XLA leaves out what padding multiplies
     params = family.init(jax.random.key(0), shapes)
-    run = jax.jit(lambda x, t, words: family._predict(params, x, t, words))
+    run = jax.jit(lambda x, t, words: predict(family)(params, x, t, words))
     cost = run.lower(jnp.ones((1, *shapes.image)), jnp.ones((1,)), text(1)).compile().cost_analysis()
     # XLA also counts element-wise work, which is a large share in a network this small.
     assert 0.6 < family.flops(shapes, 6) / cost["flops"] < 1.05

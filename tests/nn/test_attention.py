@@ -50,7 +50,7 @@ def test_masked_context_does_not_count():
     params = jax.tree.map(lambda p: jax.random.normal(key, p.shape) * 0.3, init_params(build, key))
     x, context = jax.random.normal(key, (2, 5, 32)), jax.random.normal(key, (2, 4, 12))
     mask = jnp.concatenate([jnp.ones((2, 5), bool), jnp.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)], axis=1)
-    run = lambda context: bind(build, params)(x, context=context, mask=mask)  # noqa: E731
+    run = jax.jit(lambda context: bind(build, params)(x, context=context, mask=mask))
     changed = context.at[0, 2:].set(7.0).at[1, 1:].set(-3.0)
     np.testing.assert_array_equal(run(context), run(changed))
     assert np.abs(run(context) - run(context.at[0, 1].add(1.0))).max() > 1e-3
