@@ -69,7 +69,7 @@ def prepared(method, mesh_config=None, name="adamw", steps=10, family=None, eps=
     def make(base):
         return create(family, SHAPES, optimizers, 0, lambda key: method.init(key, base, SHAPE))
 
-    axes = with_text(family.logical_axes(SHAPES), method.axes(SHAPE))
+    axes = with_text(family.logical_axes(SHAPES), method.axes(SHAPE), family.drawn[0])
     where = shardings(jax.eval_shape(make, base), axes, mesh)
     state = jax.jit(make, out_shardings=where)(base)
     own = dict(flatten(text_of(state.params)))
