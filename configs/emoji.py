@@ -4,9 +4,9 @@
 
 DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.jsonl.
 
-Two CPU cores, 65 minutes alone (60 images/s; 112 minutes beside other work): loss on names never seen 0.095 at its least, 0.104
-at the end. Of 16 names of the set, drawn once each, 11 can be told (docs/emoji.png): apple, cat, heart, house, tree and car are
-clean, umbrella, fish, star, banana and sun are not.
+Two CPU cores beside other work, 112 minutes (60 images/s while alone, which would make 67): loss on names never seen 0.095 at
+its least, 0.104 at the end. Of 11 training names, drawn once each, 7 can be told (docs/emoji.png): red apple, grinning face,
+cat face, red heart, sunflower, dog face and pizza; star, fish, banana and sun cannot.
 """
 
 from jaxgen.data.config import DataConfig

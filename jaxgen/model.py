@@ -43,15 +43,15 @@ class Model:
         mesh: jax.sharding.Mesh | None = None,
         step: int = 0,
     ):
-        self.config, self.step = config, step
+        self.config, self.step, frozen = config, step, frozen or {}
         self.encoder = adapted(encoder, config.text.adapt, text_of(params))
         self.image = (config.data.image_size, config.data.image_size, 3)
         if mesh is None:
             mesh = jax.sharding.Mesh(np.array(jax.local_devices()).reshape(-1, 1), ("data", "fsdp"))
             dtype = compute_dtype(config.train.compute_dtype)
-            params, frozen = jax.device_put((params, frozen or {}), NamedSharding(mesh, PartitionSpec()))
+            params, frozen = jax.device_put((params, frozen), NamedSharding(mesh, PartitionSpec()))
             params = jax.jit(lambda tree: jax.tree.map(lambda p: p.astype(dtype), tree))(params)
-        self.params, self.frozen, self.mesh = params, frozen or {}, mesh
+        self.params, self.frozen, self.mesh = params, frozen, mesh
 
     @property
     def shapes(self) -> Shapes:

@@ -216,7 +216,7 @@ def test_sizes_that_do_not_fit_are_told():
 def test_flops_are_those_xla_counts(network):
     family, shapes = Flow(network=network), Shapes((64, 64, 3), 12, 10)  # large, as XLA leaves out what padding multiplies
     params = family.init(jax.random.key(0), shapes)
-    run = jax.jit(lambda x, t, words: predict(family)(params, x, t, words))
+    run = jax.jit(lambda x, t, words: family._predict(params, x, t, words))
     cost = run.lower(jnp.ones((1, *shapes.image)), jnp.ones((1,)), text(1)).compile().cost_analysis()
     # XLA also counts element-wise work, which is a large share in a network this small.
     assert 0.6 < family.flops(shapes, 6) / cost["flops"] < 1.05
