@@ -5,8 +5,8 @@
 DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.jsonl.
 
 Two CPU cores beside other work, 112 minutes (60 images/s while alone, which would make 67): loss on names never seen 0.095 at
-its least, 0.104 at the end. Of 11 training names, drawn once each, 7 can be told (docs/emoji.png): red apple, grinning face,
-cat face, red heart, sunflower, dog face and pizza; star, fish, banana and sun cannot.
+its least, 0.104 at the end. Of 32 training names drawn by lot, one picture each, 18 can be told at sight (docs/emoji.png); of
+eight names never seen, three. benchmarks/RESULTS.md names them.
 """
 
 from jaxgen.data.config import DataConfig

@@ -2,7 +2,10 @@
 
     uv run train.py --config=configs/flickr8k.py --config.data.source=DIR
 
-DIR is the unpacked data set as published. Eight thousand pictures teach the colours and the layouts of scenes, not objects.
+DIR is the unpacked data set as published. Two CPU cores beside other work, 79 minutes (56 images/s while alone, which would
+make 57): loss on `validation` 0.149, 0.143, 0.140, 0.138 every 1,500 steps, still falling. Eight thousand pictures seen 27
+times teach the colours and the layouts of scenes (grass, sea, snow, a street at night), not objects: dogs and people are
+smudges in the right place.
 """
 
 from jaxgen.data.config import DataConfig
