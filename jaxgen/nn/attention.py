@@ -1,6 +1,9 @@
 """Multi-head attention with QK-norm, optional rotary positions, and keys of its own, of a context (text), or of both."""
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,13 @@ from flax import nnx
 
 from jaxgen.nn.layers import RMSNorm, zeros
 from jaxgen.nn.module import param
+from jaxgen.parallel.mesh import constrain
 
 # A compiled CPU program runs attention best as plain batched products on head-major arrays; an accelerator has kernels
 # for it behind jax.nn.dot_product_attention.
+
+_plain: ContextVar[bool] = ContextVar("plain_attention", default=False)
+Cache = tuple[jax.Array, jax.Array]  # keys and values [B, H, S, d] of S slots
 
 
 class Attention(nnx.Module):
@@ -42,21 +49,50 @@ class Attention(nnx.Module):
         mask: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]. The keys are x's own, then those of context [B, S, C] (of it alone without
-        `own_keys`); mask bool [B, keys] says which count; rotary (cos, sin), each [T, d/2], turns x's queries and keys."""
-        q = self.q_norm(_project(x, self.q))
-        if rotary is not None:
-            q = rotate(q, *rotary)
-        keys, values = [], []
+        """x [B, T, D] -> [B, T, D]. The keys are x's own, then those of context [B, S, C] (of it alone without `own_keys`).
+
+        mask: bool of the keys that count, [B, keys] or [B, 1, T, keys]. rotary (cos, sin), each [T, d/2], turns x's queries
+        and keys."""
+        q, keys, values = self._queries(x, rotary), [], []
         if self.own_keys:
-            k = self.k_norm(_project(x, self.k))
-            keys.append(k if rotary is None else rotate(k, *rotary))
-            values.append(_project(x, self.v))
+            k, v = self._own(x, rotary)
+            keys.append(k)
+            values.append(v)
         if context is not None:
             keys.append(self.context_norm(_project(context, self.context_k)))
             values.append(_project(context, self.context_v))
-        y = attend(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), mask)
-        return merge_heads(y) @ self.out[...].astype(x.dtype).reshape(-1, x.shape[-1])
+        return self._merge(attend(q, jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2), mask), x)
+
+    def cached(
+        self,
+        x: jax.Array,
+        cache: Cache,
+        start: jax.Array | int,
+        *,
+        mask: jax.Array | None = None,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """The same for x [B, T, D] that stands at slots `start`, `start` + 1, … of a cache, whose keys are then all there
+        are: (y [B, T, D], the cache with x's own keys and values in it). mask: bool [B, S] of the slots that count."""
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)  # noqa: E731
+        k, v = self._own(x, rotary)
+        cache = put(cache[0], k), put(cache[1], v)
+        return self._merge(attend(self._queries(x, rotary), *cache, mask), x), cache
+
+    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+        zeros = jnp.zeros((batch, self.k.shape[1], slots, self.k.shape[2]), dtype)
+        return zeros, zeros
+
+    def _queries(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        q = self.q_norm(_project(x, self.q))
+        return q if rotary is None else rotate(q, *rotary)
+
+    def _own(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
+        k = self.k_norm(_project(x, self.k))
+        return k if rotary is None else rotate(k, *rotary), _project(x, self.v)
+
+    def _merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        return constrain(merge_heads(y) @ self.out[...].astype(x.dtype).reshape(-1, x.shape[-1]), "embed")
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -98,7 +134,7 @@ def attend(
         before = ((0, 0), (0, 0), (0, 0), (count, 0))
         mask = None if mask is None else jnp.pad(mask, before, constant_values=True)
         bias = None if bias is None else jnp.pad(bias, before)
-    if jax.default_backend() != "cpu" and not softcap:
+    if jax.default_backend() != "cpu" and not softcap and not _plain.get():
         swap = lambda a: a.transpose(0, 2, 1, 3)  # noqa: E731
         if bias is not None:
             bias = bias.astype(q.dtype)
@@ -114,6 +150,16 @@ def attend(
         logits = jnp.where(mask, logits, -1e30)
     weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(v.dtype)
     return (weights.reshape(*grouped, -1) @ v).reshape(b, heads, t, v.shape[-1])
+
+
+@contextmanager
+def plain_attention() -> Generator[None]:
+    """Within it attention is traced as plain products: not every kernel has a forward-mode derivative (jax.jvp)."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def rotary_1d(length: int, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgen.nn.module import param
+from jaxgen.parallel.mesh import constrain
 
 zeros = nnx.initializers.zeros_init()
 ones = nnx.initializers.ones_init()
@@ -19,9 +20,10 @@ class Linear(nnx.Module):
         init = zeros if zero else nnx.initializers.lecun_normal()
         self.kernel = param(init, rngs, (din, dout), axes)
         self.bias = param(zeros, rngs, (dout,), (axes[1],)) if bias else None
+        self.out_axis = axes[1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = constrain(x @ self.kernel[...].astype(x.dtype), self.out_axis)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -36,7 +38,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + self.bias[...].astype(x.dtype)
+        return constrain(y, "channels") + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

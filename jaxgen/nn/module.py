@@ -4,10 +4,12 @@ nnx describes layers and nothing else: outside a call parameters are nested dict
 names join by "." (the names in an exported file and in a checkpoint).
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]
@@ -66,6 +68,16 @@ def flatten(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def unflatten(flat: dict[str, Any]) -> Params:
     """The inverse of `flatten`."""
     return nested((name.split("."), leaf) for name, leaf in flat.items())
+
+
+def fingerprint(tree: Params) -> str:
+    """SHA-256 (hexadecimal) of names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, leaf in flatten(jax.device_get(tree)):
+        value = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
 
 
 def lookup(tree: Params, path: Any) -> Any:
