@@ -5,8 +5,8 @@
 Needs torch and transformers (extra `torch`). A case's JSON: {"model": transformers' class, "config": {fields that
 differ from the class's defaults}, "head": "" | "lm" | "classification", "lengths": of the rows}. Kept are the tensors' names
 and shapes as transformers saves them, its config.json, token ids (three rows, padded at the end), all hidden states, the last
-one, the pooled vector where the model has one, the head's logits, and with "lm" 64 tokens of greedy generation (padded in
-front)."""
+one, the pooled vector where the model has one, the head's logits, with "lm" 64 tokens of greedy generation (padded in front),
+and of a classifier that knows them the logits of rows whose second half is a second sentence."""
 
 import json
 import sys
@@ -58,6 +58,9 @@ def reference(case: Case) -> dict[str, np.ndarray]:
         for key in ("text_embeds", "pooler_output", "logits"):
             if getattr(result, key, None) is not None:
                 out[key] = getattr(result, key).numpy()
+        if case.head == "classification" and text.get("type_vocab_size", 0) > 1:
+            types = (np.arange(ids.shape[1]) >= mask.sum(1, keepdims=True) // 2) * mask
+            out |= {"types": types, "typed_logits": model(**padded, token_type_ids=torch.tensor(types)).logits.numpy()}
         if case.head == "lm":
             left, front = np.flip(ids, 1).copy(), np.flip(mask, 1).copy()
             done = model.generate(

@@ -27,14 +27,16 @@ ACTIVATIONS = {
 class Architecture(Protocol):
     """A model's configuration: it builds the layers and says where their weights lie.
 
-    hidden_size: width of a hidden state; depth: layers (there are depth + 1 hidden states); pooled_size: width of the pooled
-    vector; max_length: tokens that the model can take; prefixes, ignored: see weights.load. bottleneck, prefix: sizes of
-    the additions of nn/adapters.py (0: none), whose weights are in no file."""
+    vocab_size: rows of the table of words; hidden_size: width of a hidden state; depth: layers (there are depth + 1 hidden
+    states); pooled_size: width of the pooled vector; max_length: tokens that the model can take; prefixes, ignored: see
+    weights.load. bottleneck, prefix: sizes of the additions of nn/adapters.py (0: none), whose weights are in no file."""
 
     prefixes: ClassVar[tuple[str, ...]]
     bottleneck: int
     prefix: int
 
+    @property
+    def vocab_size(self) -> int: ...
     @property
     def hidden_size(self) -> int: ...
     @property

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxgen.errors import UserError
 from jaxgen.nn.layers import Embedding, LayerNorm, Linear
 from jaxgen.text.architecture import ACTIVATIONS, Head, check_heads, refuse, take
 from jaxgen.text.layer import PostNorm
@@ -55,6 +56,9 @@ class BertConfig:
         theirs = {ours: name for name, ours in names.items()}
         chosen = take(values, where, names, tuple(theirs[name] for name in required))
         if head == "classification":
+            named = values.get("architectures") or ["ForSequenceClassification"]
+            if not any("ForSequenceClassification" in name for name in named):
+                raise UserError(f"{where}: a {named[0]} has no classification head; a …ForSequenceClassification has")
             chosen["num_labels"] = len(values.get("id2label") or {}) or values.get("num_labels") or 2
         given: dict[str, Any] = {"kind": kind, "head": head, "pad_token_id": int(kind == "roberta")} | chosen
         config = cls(**given)
@@ -133,21 +137,23 @@ class Bert(nnx.Module):
             self.dense = Linear(d, d, rngs, axes=("embed", None))
             self.labels = Linear(d, c.num_labels, rngs, axes=("embed", None))
 
-    def __call__(self, ids: jax.Array, mask: jax.Array, dtype: Any = jnp.float32) -> tuple[list[jax.Array], jax.Array]:
-        states = [self.embed(ids, mask, dtype)]
+    def __call__(
+        self, ids: jax.Array, mask: jax.Array, dtype: Any = jnp.float32, types: jax.Array | None = None
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """types: int [B, T], 1 for the second of two sentences; only BERT itself tells them apart."""
+        states = [self.embed(ids, mask, dtype, types)]
         for each in self.layers:
             states.append(each(states[-1], mask > 0))
         return states, states[-1]
 
-    def embed(self, ids: jax.Array, mask: jax.Array, dtype: Any) -> jax.Array:
-        """Every token of one sentence is of type 0."""
+    def embed(self, ids: jax.Array, mask: jax.Array, dtype: Any, types: jax.Array | None = None) -> jax.Array:
         positions = jnp.arange(ids.shape[1])
         if self.config.kind == "roberta":
             real = mask.astype(jnp.int32)
             positions = jnp.cumsum(real, axis=1) * real + self.config.pad_token_id
         x = self.words(ids) + self.positions(positions)
         if self.config.kind != "distilbert":
-            x = x + self.types(jnp.zeros((), jnp.int32))
+            x = x + self.types(jnp.int32(0) if types is None or self.config.kind != "bert" else types)
         return self.norm(x).astype(dtype)
 
     def pool(self, last: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:

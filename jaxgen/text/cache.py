@@ -46,7 +46,7 @@ def encode_captions(encoder: TextEncoder, captions: Iterable[str], path: Path | 
     if kept is not None and not new and len(kept.index) == len(unique):
         return kept
     tokens = encoder.count(new)
-    check_size(len(unique), int(tokens.max(initial=1)), encoder.hidden_size, _memory())
+    check_size(len(unique), int(tokens.max(initial=1)), encoder.hidden_size, host_memory())
     table = _encode(encoder, new, tokens) if kept is None else _joined(unique, kept, _encode(encoder, new, tokens))
     if path is not None:
         for name, value in (("hidden", table.hidden), ("pooled", table.pooled), ("lengths", table.lengths)):
@@ -61,8 +61,8 @@ def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
     size = captions * tokens * width * 2
     if size > SHARE * memory:
         raise UserError(
-            f"a table of {captions:,} captions x {tokens} tokens x {width} features would take {_bytes(size)}, more than "
-            f"{SHARE:.0%} of this host's {_bytes(memory)}: encode inside the step, with --config.text.in_step=True"
+            f"a table of {captions:,} captions x {tokens} tokens x {width} features would take {in_words(size)}, more than "
+            f"{SHARE:.0%} of this host's {in_words(memory)}: encode inside the step, with --config.text.in_step=True"
         )
 
 
@@ -140,12 +140,13 @@ def _npy(value: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _memory() -> int:
+def host_memory() -> int:
     """Bytes of the host's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _bytes(count: float) -> str:
+def in_words(count: float) -> str:
+    """A number of bytes, short."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}"

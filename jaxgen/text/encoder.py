@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,13 @@ class TextEncoder:
         self.hidden_size, self.pooled_size, self.max_length = hidden_size, pooled_size, max_length
         self.fingerprint, self.pretrained = fingerprint, pretrained
         # Few lengths, so that few programs are compiled; besides a template's tokens, which all captions share.
-        self.lengths = [n + tokenizer.cut for n in [*(2**i for i in range(3, 31) if 2**i < max_length), max_length]]
+        self.lengths = [n + tokenizer.cut for n in lengths(max_length)]
         self._jitted = jax.jit(apply)
+
+    @property
+    def parts(self) -> "tuple[TextEncoder, ...]":
+        """The encoders that it consists of."""
+        return (self,)
 
     def tokenize(self, captions: Sequence[str], length: int | None = None) -> dict[str, np.ndarray]:
         """{"input_ids", "attention_mask"}: int32 [B, T] each, T the smallest of `lengths` that holds them (or given).
@@ -116,14 +120,11 @@ def load_text_encoder(
     caption, "... {} ..."; the features of what stands before the caption are cut off again. Raises UserError for files that
     are missing, broken, or of no known kind."""
     model = load_pretrained(source, dtype=dtype, mesh=mesh, subfolder=subfolder, tokenizer=tokenizer)
-    architecture, directory = model.architecture, model.directory
-    limit = _limit(directory, model.tokenizer_directory, architecture)
-    if max_length is not None and not (isinstance(max_length, int) and 2 <= max_length <= architecture.max_length):
-        raise UserError(f"text.max_length={max_length}: {source} takes from 2 to {architecture.max_length} tokens")
-    words = Tokenizer(model.tokenizer_directory, template)
-    _check_vocabulary(words, getattr(architecture, "vocab_size", math.inf), model.tokenizer_directory)
+    architecture, limit = model.architecture, token_limit(model, max_length)
+    words = Tokenizer(model.tokenizer_directory, template, tokenizer or source)
+    words.fit(architecture.vocab_size)
     join, hidden_size = _joined(layers, architecture)
-    pool = _pooling(directory)
+    pool = _pooling(model.directory)
 
     def apply(params: Params, input_ids: jax.Array, attention_mask: jax.Array) -> TextFeatures:
         module = bind(fitted(architecture, params).build, params)
@@ -133,14 +134,14 @@ def load_text_encoder(
         hidden, mask = join(states, last), attention_mask > 0
         return TextFeatures(hidden[:, words.cut :], pooled.astype(jnp.float32), mask[:, words.cut :])
 
-    settings = {"layers": layers, "max_length": max_length or limit, "dtype": jnp.dtype(dtype).name, "template": template}
+    settings = {"layers": layers, "max_length": limit, "dtype": jnp.dtype(dtype).name, "template": template}
     return TextEncoder(
         model.params,
         apply,
         words,
         hidden_size=hidden_size,
         pooled_size=architecture.pooled_size,
-        max_length=max_length or limit,
+        max_length=limit,
         fingerprint=hashlib.sha256(json.dumps([model.digest, settings]).encode()).hexdigest(),
         pretrained=model,
     )
@@ -194,7 +195,8 @@ def save_text_encoder(encoder: TextEncoder, directory: str | Path) -> None:
 def save_pretrained(model: Pretrained, params: Params, directory: str | Path) -> None:
     target = Path(directory)
     sources.check_new(target)
-    if more := sorted({name for name, _ in flatten(params)} - model.architecture.tensors().keys()):
+    table = model.architecture.tensors()
+    if more := sorted({name for name, _ in flatten(params)} - table.keys()):
         raise UserError(f"{more[0]} has no place in a Hugging Face directory: save the adapter (jaxgen.text.peft.save_adapter)")
     target.mkdir(parents=True, exist_ok=True)
     kept = dict.fromkeys([*sources.tokenizer_files(model.tokenizer_directory), *sources.extra_files(model.directory)])
@@ -203,7 +205,10 @@ def save_pretrained(model: Pretrained, params: Params, directory: str | Path) ->
         (target / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / file.relative_to(root))
     name = "model.safetensors"
-    weights.save(target / name, params, model.architecture.tensors())
+    if getattr(model.architecture, "head", "") == "lm":  # transformers has the model itself one level below its head
+        level = model.architecture.prefixes[-1]
+        table = {o: t if t.name.startswith("lm_head") else replace(t, name=level + t.name) for o, t in table.items()}
+    weights.save(target / name, params, table)
     (target / weights.DIGEST).write_text(json.dumps({name: sources.sha256(target / name)}))
     (target / "config.json").write_text(json.dumps(model.values, indent=2))  # last: without it the directory is no model
 
@@ -214,16 +219,19 @@ def check_prompts(encoder: TextEncoder, prompts: Sequence[str], negative_prompt:
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("an empty prompt: say what to draw")
     for prompt in [*prompts, negative_prompt]:
-        unknown = encoder.tokenizer.unknown_fraction(prompt)
+        # Of encoders side by side it is enough if one understands.
+        words = min((part.tokenizer for part in encoder.parts), key=lambda words: words.unknown_fraction(prompt))
+        unknown = words.unknown_fraction(prompt)
         if unknown > UNKNOWN_LIMIT:
             raise UserError(
-                f"the text encoder does not know {unknown:.0%} of {prompt!r}: write it in a language the encoder was "
-                "trained on (this model's is English), or use a model trained with a multilingual text.source, such as "
+                f"the text encoder does not know {unknown:.0%} of {prompt!r}: the tokenizer of {words.source} lacks these "
+                "words. Write it in a language that it knows, or use a model trained with a multilingual text.source, such as "
                 "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
             )
-        tokens = encoder.tokenizer.count(prompt)
-        if tokens > encoder.max_length:
-            warnings.append(f"{prompt[:40]!r}… has {tokens} tokens; only the first {encoder.max_length} count")
+        longest = max(encoder.parts, key=lambda part: part.max_length)
+        tokens = longest.tokenizer.count(prompt)
+        if tokens > longest.max_length:
+            warnings.append(f"{prompt[:40]!r}… has {tokens} tokens; only the first {longest.max_length} count")
     return warnings
 
 
@@ -237,27 +245,23 @@ def pad(rows: Sequence[Sequence[int]], length: int, padding: int, *, front: bool
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _check_vocabulary(words: Tokenizer, size: float, directory: Path) -> None:
-    """Raises UserError where a caption can have a token id beyond the embedding's rows, which would read another row.
-
-    Special tokens that no caption has may lie there: those for pictures, of models that also come without their eyes."""
-    fast = words._fast
-    special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
-    ordinary = max((i for i in fast.get_vocab().values() if i not in special), default=0)
-    largest = max(ordinary, words.padding, *fast.encode("").ids)
-    if largest >= size:
-        raise UserError(
-            f"{directory}: the tokenizer has a token with id {largest}, and the embedding of the weights {size} rows: they "
-            "belong to different models"
-        )
+def lengths(limit: int) -> list[int]:
+    """The few lengths up to `limit` that rows of tokens are padded to."""
+    return [*(2**i for i in range(3, 31) if 2**i < limit), limit]
 
 
-def _limit(directory: Path, words: Path, architecture: Architecture) -> int:
-    """How many tokens a caption may have: the least of what the model, the tokenizer and the sentence encoder say."""
-    said = [read_json(directory / "sentence_bert_config.json", {}).get("max_seq_length")]
-    said.append(read_json(words / "tokenizer_config.json", {}).get("model_max_length"))
+def token_limit(model: Pretrained, asked: int | None = None) -> int:
+    """How many tokens a caption may have: as many as asked for, or the least of what the model, the tokenizer and the
+    sentence encoder say. Raises UserError where the model does not take so many."""
+    most = model.architecture.max_length
+    if asked is not None:
+        if not isinstance(asked, int) or not 2 <= asked <= most:
+            raise UserError(f"text.max_length={asked}: {model.directory} takes from 2 to {most} tokens")
+        return asked
+    said = [read_json(model.directory / "sentence_bert_config.json", {}).get("max_seq_length")]
+    said.append(read_json(model.tokenizer_directory / "tokenizer_config.json", {}).get("model_max_length"))
     # Tokenizers without a limit say 10^30.
-    return min([architecture.max_length, *(int(n) for n in said if isinstance(n, int | float) and 2 <= n < 10**9)])
+    return min([most, *(int(n) for n in said if isinstance(n, int | float) and 2 <= n < 10**9)])
 
 
 def _joined(layers: Layers, architecture: Architecture) -> tuple[Callable[[list[jax.Array], jax.Array], jax.Array], int]:

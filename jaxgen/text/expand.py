@@ -21,7 +21,7 @@ def expand_prompts(
     prompts: Sequence[str],
     model: LanguageModel | str = DEFAULT,
     *,
-    template: str = TEMPLATE,
+    template: str | None = None,
     max_new_tokens: int = 48,
     temperature: float = 0.7,
     top_p: float = 0.9,
@@ -30,21 +30,41 @@ def expand_prompts(
     """Each prompt in more words. Nothing the user said is lost: an answer that leaves out one of the prompt's words is put
     behind the prompt, and where there is no answer the prompt stays as it is.
 
-    model: loaded, or what load_language_model takes. template: with {} where the prompt goes; the answer ends at a line's
-    end. seed: with a prompt's place in the list it decides what is drawn. Raises UserError where the model does not load, the
-    template has no place for the prompt, or they are longer than the model takes."""
-    if template.count("{}") != 1:
-        raise UserError(f"the template {template!r} needs {{}} once, where the prompt goes")
+    model: loaded, or what load_language_model takes. template: with {} where the prompt goes, by default the model's own, or
+    TEMPLATE; the answer ends at a line's end, and goes on with the prompt itself where {} stands last. seed: with a prompt's
+    place in the list it decides what is drawn. Raises UserError where the model does not load, the template has no place for
+    the prompt, or they are longer than the model takes."""
     if isinstance(model, str):
         model = load_language_model(model)
-    asked = [template.replace("{}", " ".join(prompt.split())) for prompt in prompts]
+    template = template or model.templates.get("expand", TEMPLATE)
+    asked = filled(template, prompts)
     answers = model.generate(asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    return [merged(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    join = continued if template.endswith("{}") else merged
+    return [join(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def filled(template: str, prompts: Sequence[str]) -> list[str]:
+    """The template with each prompt, on one line; raises UserError where it has no one place for it."""
+    if template.count("{}") != 1:
+        raise UserError(f"the template {template!r} needs {{}} once, where the prompt goes")
+    return [template.replace("{}", " ".join(prompt.split())) for prompt in prompts]
+
+
+def first_line(answer: str) -> str:
+    """What an answer says on its first line, without quotation marks; "" where it says nothing."""
+    return answer.strip().partition("\n")[0].strip(" \"'“”")
+
+
+def continued(prompt: str, answer: str) -> str:
+    """The prompt and what a model wrote after it, to its line's end."""
+    line = answer.partition("\n")[0].rstrip()
+    gap = "" if line[:1].isspace() or line[:1] in ",.;:!?" else " "
+    return prompt.rstrip() + gap + line if line else prompt
 
 
 def merged(prompt: str, answer: str) -> str:
     """The answer's first line if it says all that the prompt says, else the prompt with the answer behind it."""
-    line = answer.strip().partition("\n")[0].strip(" \"'“”")
+    line = first_line(answer)
     if not line:
         return prompt
     said = set(_words(line))

@@ -1,7 +1,9 @@
 """Text from a causal language model: one compiled program from prompt to last token."""
 
 import functools
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +12,9 @@ import numpy as np
 
 from jaxgen.errors import UserError
 from jaxgen.nn.module import Params, bind
+from jaxgen.text import sources, weights
 from jaxgen.text.adapt import fitted
-from jaxgen.text.encoder import Pretrained, load_pretrained, pad
+from jaxgen.text.encoder import Pretrained, load_pretrained, pad, save_pretrained
 from jaxgen.text.sources import read_json
 from jaxgen.text.tokenizer import Tokenizer
 
@@ -19,7 +22,8 @@ ENDS = 8  # end tokens up to which their number makes no other program
 
 
 class LanguageModel:
-    """Made by `load_language_model`. ends: ids of the tokens that end a text."""
+    """Made by `load_language_model`. ends: ids of the tokens that end a text. templates: what its config.json says that a
+    prompt is put into, {} in its place, by task (`task_specific_params`): "expand", "rewrite"."""
 
     def __init__(self, model: Pretrained, dtype: Any = jnp.float32):
         self.pretrained, self.params, self.dtype = model, model.params, jnp.dtype(dtype)
@@ -27,10 +31,19 @@ class LanguageModel:
         self.ends: tuple[int, ...] = tuple(said) if isinstance(said, list) else () if said is None else (said,)
         if not all(isinstance(end, int) for end in self.ends):
             raise UserError(f"{model.directory}: eos_token_id={said!r} is no token's id and no list of such")
+        tasks = model.values.get("task_specific_params") or {}
+        found = {task: said.get("template") for task, said in tasks.items() if isinstance(said, dict)}
+        self.templates: dict[str, str] = {task: said for task, said in found.items() if isinstance(said, str)}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.pretrained.tokenizer_directory)
+
+    @functools.cached_property
+    def line_ends(self) -> tuple[int, ...]:
+        """`ends`, and the token that ends a line where the vocabulary has one."""
+        last = self.tokenizer.encode(["a\n"], 2**30)[0][-1]
+        return (*self.ends, last) if self.tokenizer.decode([last]) == "\n" else self.ends
 
     def generate(
         self,
@@ -41,7 +54,7 @@ class LanguageModel:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         ends: Sequence[int] | None = None,
     ) -> list[Any]:
         """What follows each prompt, a list of texts; of token ids (a list of lists, or int [B, T] with their mask) lists of
@@ -49,9 +62,10 @@ class LanguageModel:
 
         temperature: 0 takes the likeliest token. top_k: among so many likeliest (0: all); top_p: among the fewest likeliest
         that have this probability together (arXiv 1904.09751). seed: with a prompt's place in the list it decides what is
-        drawn, whatever the other prompts are. ends: instead of the model's own; () goes on to max_new_tokens. A new number
-        of prompts or of new tokens, or a prompt of twice the length, compiles again. Raises UserError for settings without
-        sense, ids beyond the vocabulary, and more tokens than the model has positions."""
+        drawn, whatever the other prompts are; a list gives each prompt its own, whatever its place. ends: instead of the
+        model's own; () goes on to max_new_tokens. A new number of prompts or of new tokens, or a prompt of twice the length,
+        compiles again. Raises UserError for settings without sense, ids beyond the vocabulary, and more tokens than the model
+        has positions."""
         if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise UserError(
                 f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} and top_k={top_k} at least 0, "
@@ -77,7 +91,7 @@ class LanguageModel:
             self.params,
             padded["input_ids"],
             padded["attention_mask"],
-            jax.random.key(seed),
+            _keys(seed, len(rows)),
             np.array(stop + [-1] * (ENDS - len(stop)), np.int32),
             np.float32(temperature),
             np.int32(top_k),
@@ -117,12 +131,38 @@ def load_language_model(
     return LanguageModel(model, dtype)
 
 
+def save_language_model(model: LanguageModel, directory: str | Path) -> None:
+    """Write a Hugging Face directory with the model's weights (as they are), configuration, tokenizer and a digest.
+
+    transformers loads it as the causal language model that it is; load_language_model refuses it once a byte of the weights
+    has changed. Raises UserError where something is there already, or for weights that have no place in such a directory."""
+    save_pretrained(model.pretrained, model.params, directory)
+
+
+def fingerprint(source: str) -> str:
+    """A digest of all the files that decide what a language model writes, without reading its weights into memory."""
+    stored = sources.resolve(source)
+    directory = stored.parent if stored.is_file() else stored
+    files = [*weights.files(stored), *sources.tokenizer_files(sources.tokenizer_directory(directory))[:1]]
+    files += [file for name in ("config.json", "generation_config.json") if (file := directory / name).is_file()]
+    return hashlib.sha256("".join(map(sources.sha256, files)).encode()).hexdigest()
+
+
+def _keys(seed: int | Sequence[int], count: int) -> jax.Array:
+    """A key for each of `count` prompts."""
+    if isinstance(seed, int):
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(count))
+    if len(seed) != count:
+        raise UserError(f"{len(seed)} seeds for {count} prompts: give one each, or one for all")
+    return jax.vmap(jax.random.key)(np.asarray(seed, np.uint32))
+
+
 def generate(
     architecture: Any,
     params: Params,
     ids: jax.Array,
     mask: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     ends: jax.Array,
     temperature: jax.Array,
     top_k: jax.Array,
@@ -131,12 +171,12 @@ def generate(
     max_new_tokens: int,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """int32 [B, max_new_tokens] that follow ids int [B, T], padded in front by mask [B, T]; -1 after a token of ends int [E].
+    """int32 [B, max_new_tokens] that follow ids int [B, T], padded in front by mask [B, T], each row drawn with its key of
+    keys [B]; -1 after a token of ends int [E].
 
     Pure; only `architecture`, `max_new_tokens`, `dtype` and shapes make another program. It ends as soon as all rows have."""
     module = bind(architecture.build, params)
     batch, width = ids.shape
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     cache = module.empty_cache(batch, width + max_new_tokens, dtype)
     mask = jnp.pad(mask, ((0, 0), (0, max_new_tokens)), constant_values=1)
 

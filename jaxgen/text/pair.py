@@ -23,8 +23,8 @@ class PairedTextEncoder(TextEncoder):
     Token ids are [B, 2 T]: the first encoder's, then the second's, padded to one length."""
 
     def __init__(self, first: TextEncoder, second: TextEncoder, along: Along = "features"):
-        self.encoders = (first, second)
-        cuts = [encoder.tokenizer.cut for encoder in self.encoders]
+        self._parts = (first, second)
+        cuts = [encoder.tokenizer.cut for encoder in (first, second)]
 
         def apply(params: Params, input_ids: jax.Array, attention_mask: jax.Array) -> TextFeatures:
             ids, masks = jnp.split(input_ids, 2, axis=1), jnp.split(attention_mask, 2, axis=1)
@@ -53,14 +53,20 @@ class PairedTextEncoder(TextEncoder):
             max_length=max(first.max_length, second.max_length),
             fingerprint=hashlib.sha256(names.encode()).hexdigest(),
         )
+        most = max(encoder.lengths[-1] for encoder in self.parts)  # with a template's tokens
+        self.lengths = [*(n for n in self.lengths if n < most), most]
+
+    @property
+    def parts(self) -> tuple[TextEncoder, ...]:
+        return self._parts
 
     def count(self, captions: Sequence[str]) -> np.ndarray:
-        return np.maximum(*(encoder.count(captions) for encoder in self.encoders))
+        return np.maximum(*(encoder.count(captions) for encoder in self.parts))
 
     def tokenize(self, captions: Sequence[str], length: int | None = None) -> dict[str, np.ndarray]:
         """{"input_ids", "attention_mask"}: int32 [B, 2 T] each; `length` is T."""
         length = length or self.bucket(int(self.count(captions).max(initial=1)))
-        both = [encoder.tokenize(captions, length) for encoder in self.encoders]
+        both = [encoder.tokenize(captions, length) for encoder in self.parts]
         return {name: np.concatenate([tokens[name] for tokens in both], axis=1) for name in both[0]}
 
 

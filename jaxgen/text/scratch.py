@@ -1,7 +1,8 @@
-"""A small BERT with fresh weights and a vocabulary of its own, to be trained together with the generator (text.adapt=full).
+"""A small BERT with fresh weights and a vocabulary of its own, to be trained together with the generator (text.adapt=full);
+or a small GPT-2, to learn to write captions (configs/caption_lm.py).
 
     python -m jaxgen.text.scratch DIRECTORY [--captions=scenes | --captions=FILE] [--languages=en,zh] [--hidden_size=128]
-        [--layers=2] [--heads=2] [--vocab=2000] [--max_length=64] [--seed=0]
+        [--layers=2] [--heads=2] [--vocab=2000] [--max_length=64] [--seed=0] [--causal]
 
 The way to captions in a language that no encoder at hand reads. Writes an ordinary Hugging Face directory (config.json,
 model.safetensors, tokenizer.json, tokenizer_config.json), for text.source. FILE has a caption a line, in UTF-8. The encoder
@@ -26,9 +27,10 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 SCENES = 2000  # training scenes whose captions make a vocabulary: the rarest word comes a dozen times
 
 
-def make_tokenizer(captions: Iterable[str], vocab: int) -> Any:
+def make_tokenizer(captions: Iterable[str], vocab: int, *, causal: bool = False) -> Any:
     """A `tokenizers` WordPiece tokenizer like BERT's of at most `vocab` tokens: the captions' characters, Latin letters and
-    digits, then the commonest words. A Chinese character is a word. Raises UserError where the characters are too many."""
+    digits, then the commonest words. A Chinese character is a word. causal: a text is left open, for a model to go on with.
+    Raises UserError where the characters are too many."""
     # Not tokenizers' own trainer: which word pieces it finds changes from call to call.
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -40,7 +42,7 @@ def make_tokenizer(captions: Iterable[str], vocab: int) -> Any:
     characters = sorted({*inside, *(word[0] for word in words)})
     tokens = [*SPECIAL.values(), *characters, *(f"##{letter}" for letter in inside)]
     if len(tokens) > vocab:
-        raise UserError(f"--vocab={vocab}: the captions' characters alone are {len(tokens)} tokens; give more")
+        raise UserError(f"vocab={vocab}: the captions' characters alone are {len(tokens)} tokens; give more")
     common = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
     tokens += common[: vocab - len(tokens)]
     ids = {token: i for i, token in enumerate(tokens)}
@@ -48,7 +50,7 @@ def make_tokenizer(captions: Iterable[str], vocab: int) -> Any:
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
+        single="[CLS] $A" if causal else "[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
     )
@@ -65,8 +67,10 @@ def write(
     vocab: int = 2000,
     max_length: int = 64,
     seed: int = 0,
+    causal: bool = False,
 ) -> None:
-    """Make the tokenizer of the captions, draw the weights and write both. Raises UserError for what makes no model."""
+    """Make the tokenizer of the captions, draw the weights and write both: of a BERT, or of a GPT-2 (`causal`). Raises
+    UserError for what makes no model."""
     for name, value in (("hidden_size", hidden_size), ("layers", layers), ("heads", heads), ("vocab", vocab)):
         if value < 1:
             raise UserError(f"--{name}={value}: at least 1")
@@ -80,8 +84,8 @@ def write(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explain(error, target) from error
-    tokenizer = make_tokenizer(captions, vocab)
-    values = {
+    tokenizer = make_tokenizer(captions, vocab, causal=causal)
+    values: dict[str, Any] = {
         "architectures": ["BertModel"],
         "model_type": "bert",
         "vocab_size": tokenizer.get_vocab_size(),
@@ -95,9 +99,23 @@ def write(
         "layer_norm_eps": 1e-12,
         "pad_token_id": tokenizer.token_to_id("[PAD]"),
     }
-    architecture = registry.architecture(values, f"{target}/config.json")
-    params = init_params(architecture.build, jax.random.key(seed))
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **SPECIAL}
+    if causal:
+        begin, end = SPECIAL["cls_token"], SPECIAL["sep_token"]
+        values = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": tokenizer.get_vocab_size(),
+            "n_positions": max_length,
+            "n_embd": hidden_size,
+            "n_layer": layers,
+            "n_head": heads,
+            "bos_token_id": tokenizer.token_to_id(begin),
+            "eos_token_id": tokenizer.token_to_id(end),
+        }
+        told |= {"bos_token": begin, "eos_token": end}
+    architecture = registry.architecture(values, f"{target}/config.json", "lm" if causal else "")
+    params = init_params(architecture.build, jax.random.key(seed))
     try:
         (target / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         (target / "tokenizer_config.json").write_text(json.dumps(told, indent=2))
@@ -143,11 +161,13 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=2000, help="tokens at most")
     parser.add_argument("--max_length", type=int, default=64, help="tokens of a caption, [CLS] and [SEP] included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--causal", action="store_true", help="a GPT-2, which writes, and no BERT")
     given = vars(parser.parse_args())
     directory, source, languages = given.pop("directory"), given.pop("captions"), given.pop("languages")
     captions = scene_captions(tuple(languages.split(","))) if source == "scenes" else file_captions(Path(source))
     write(directory, captions, **given)
-    print(f"wrote {directory}: train it with --config.text.source={directory} --config.text.adapt=full")
+    use = "--config=configs/caption_lm.py " if given["causal"] else ""
+    print(f"wrote {directory}: train it with {use}--config.text.source={directory} --config.text.adapt=full")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,14 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def extra_files(directory: Path) -> list[Path]:
-    """The files that sentence-transformers adds to a model's directory."""
-    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
+    """What else belongs to a model: the files of sentence-transformers, and what says where a text ends."""
+    names = (
+        "generation_config.json",
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/config.json",
+    )
     return [directory / name for name in names if (directory / name).is_file()]
 
 

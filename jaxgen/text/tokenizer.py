@@ -15,9 +15,12 @@ BATCH = 10_000  # captions a call: a call's results are large Python objects
 class Tokenizer:
     """Reads tokenizer.json with `tokenizers`; where a model has none, transformers' own tokenizer is asked.
 
-    template: "... {} ...", put around each caption. cut: how many tokens stand before the caption in it."""
+    template: "... {} ...", put around each caption. cut: how many tokens stand before the caption in it. source: what messages
+    call the tokenizer; the directory by default."""
 
-    def __init__(self, directory: Path, template: str | None = None):
+    def __init__(self, directory: Path, template: str | None = None, source: str | None = None):
+        self.source = source or str(directory)
+        self._beyond: dict[int, str] = {}
         file = directory / "tokenizer.json"
         if file.is_file():
             import tokenizers
@@ -44,13 +47,36 @@ class Tokenizer:
         """Token ids of each caption, its special tokens included, truncated to max_length (besides a template's tokens).
 
         What the tokenizer puts at the end of a caption (or the template after it) is kept. None is empty: a caption without any
-        token is one padding token."""
+        token is one padding token. Raises UserError for a token that the weights have no row for (see `fit`)."""
         out = []
         for start in range(0, len(captions), BATCH):
             texts = [f"{self._before}{caption}{self._after}" for caption in captions[start : start + BATCH]]
             for encoding in self._fast.encode_batch(texts):
-                out.append(self._truncated(encoding, max_length) or [self.padding])
+                out.append(self._known(self._truncated(encoding, max_length)) or [self.padding])
         return out
+
+    def encode_pairs(self, texts: Sequence[Any], max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of each text, or pair of texts, and which of the two each is of; truncated to max_length, of a pair the
+        longer one first."""
+        self._fast.enable_truncation(max_length, strategy="longest_first")
+        encodings = self._fast.encode_batch(list(texts))
+        self._fast.no_truncation()
+        return [self._known(encoding.ids) for encoding in encodings], [encoding.type_ids for encoding in encodings]
+
+    def fit(self, rows: int) -> None:
+        """Raises UserError where captions have token ids beyond the `rows` of an embedding, which would read another row.
+
+        Special tokens that a caption has only if it spells them may lie there (those for pictures, of models that also come
+        without their eyes); such a caption is refused."""
+        added = self._fast.get_added_tokens_decoder()
+        self._beyond = {i: token.content for i, token in added.items() if token.special and i >= rows}
+        ordinary = max((i for i in self._fast.get_vocab().values() if i not in self._beyond), default=0)
+        largest = max(ordinary, self.padding, *self._fast.encode("").ids)
+        if largest >= rows:
+            raise UserError(
+                f"{self.source}: the tokenizer has a token with id {largest}, and the embedding of the weights {rows} rows: "
+                "they belong to different models"
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -64,6 +90,12 @@ class Tokenizer:
         """Share of the caption's own tokens that the vocabulary does not have."""
         encoding = self._fast.encode(caption, add_special_tokens=False)
         return float(np.mean([i == self._unknown for i in encoding.ids])) if encoding.ids else 0.0
+
+    def _known(self, ids: list[int]) -> list[int]:
+        if self._beyond and not self._beyond.keys().isdisjoint(ids):
+            token = next(self._beyond[i] for i in ids if i in self._beyond)
+            raise UserError(f"a caption has the special token {token}, which these weights were not trained with: leave it out")
+        return ids
 
     def _truncated(self, encoding: Any, max_length: int) -> list[int]:
         ids, limit = encoding.ids, max_length + self.cut

@@ -31,21 +31,23 @@ BLOCK = 2**20
 class Tensor:
     """Where one of our arrays lies: the tensor's name and its layout.
 
-    transposed: stored as [out, in] (PyTorch's Linear), ours is [in, out].
+    transposed: stored as [out, in, *window] (PyTorch's Linear and Conv2d), ours is [*window, in, out].
     part: (i, n), ours is the i-th of n equal parts of the stored array along our last axis (a fused q, k, v).
-    alias: another name under which some files have it."""
+    alias: another name under which some files have it.
+    pointwise: some files have this [out, in] as a convolution's [out, in, 1, 1]."""
 
     name: str
     transposed: bool = False
     part: tuple[int, int] = (0, 1)
     alias: str | None = None
+    pointwise: bool = False
 
 
 Table = Mapping[str, Tensor]
 
 
 def linear(ours: str, theirs: str, *, bias: bool = True) -> dict[str, Tensor]:
-    """A PyTorch Linear in one of ours."""
+    """A PyTorch Linear or Conv2d in one of ours."""
     table = {f"{ours}.kernel": Tensor(f"{theirs}.weight", transposed=True)}
     return table | ({f"{ours}.bias": Tensor(f"{theirs}.bias")} if bias else {})
 
@@ -124,8 +126,9 @@ class _Reader:
                 f"{file}: tensor {name} is {self.slices.get_dtype()}, not a floating-point one ({', '.join(DTYPES)})"
             )
         full = (*shape[:-1], shape[-1] * tensor.part[1])
-        wanted, found = full[::-1] if tensor.transposed else full, tuple(self.slices.get_shape())
-        if found != wanted:
+        wanted, found = tuple(full[i] for i in _order(tensor, len(full))), tuple(self.slices.get_shape())
+        self.window = (slice(0, 1), slice(0, 1)) if tensor.pointwise and found == (*wanted, 1, 1) else ()
+        if found != wanted and not self.window:
             raise UserError(f"{file}: tensor {name} has shape {list(found)} and config.json asks for {list(wanted)}")
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
@@ -136,14 +139,16 @@ class _Reader:
         shift = self.tensor.part[0] * self.shape[-1]
         theirs = [*first, slice(last.start + shift, last.stop + shift)]
         value = _empty([s.stop - s.start for s in index], self.dtype)
-        out = value.T if self.tensor.transposed else value
-        rows, *others = theirs[::-1] if self.tensor.transposed else theirs
+        order = _order(self.tensor, value.ndim)
+        out = value.transpose(order)
+        rows, *others = (theirs[i] for i in order)
         step = max(1, BLOCK // (4 * math.prod(out.shape[1:])))
         try:
             with np.errstate(all="ignore"):  # what overflows is found below
                 for start in range(rows.start, rows.stop, step):
                     block = slice(start, min(start + step, rows.stop))
-                    out[start - rows.start : block.stop - rows.start] = self.slices[(block, *others)]
+                    read = self.slices[(block, *others, *self.window)]
+                    out[start - rows.start : block.stop - rows.start] = read[..., 0, 0] if self.window else read
                 # The sum first: it needs no memory.
                 finite = np.isfinite(value.sum(dtype=np.float32)) or np.isfinite(value).all()
         except (SafetensorError, OSError, TypeError, ValueError) as error:
@@ -177,9 +182,14 @@ def stored(flat: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray
     parts: dict[str, dict[int, np.ndarray]] = {}
     for ours, tensor in table.items():
         parts.setdefault(tensor.name, {})[tensor.part[0]] = flat[ours]
-    turned = {t.name for t in table.values() if t.transposed}
+    tensors = {tensor.name: tensor for tensor in table.values()}
     whole = {name: np.concatenate([some[i] for i in sorted(some)], axis=-1) for name, some in parts.items()}
-    return {name: np.ascontiguousarray(a.T if name in turned else a) for name, a in whole.items()}
+    return {name: np.ascontiguousarray(a.transpose(_order(tensors[name], a.ndim))) for name, a in whole.items()}
+
+
+def _order(tensor: Tensor, axes: int) -> tuple[int, ...]:
+    """Which of our axes each stored axis is."""
+    return (axes - 1, axes - 2, *range(axes - 2)) if tensor.transposed else tuple(range(axes))
 
 
 def files(source: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What each way of adapting trains and computes, on the tiny models of cases.py; PEFT's files by the peft package itself."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from jaxgen.families.base import Shapes
 from jaxgen.families.flow import Flow
 from jaxgen.families.transformer import Transformer
 from jaxgen.nn.module import bind, flatten, logical_axes
-from jaxgen.text import adapt
+from jaxgen.text import adapt, registry
 from jaxgen.text.adapt import AdaLoRA, Bottleneck, Frozen, Full, LastLayers, LoRA, Prefix
 from jaxgen.text.bert import BertConfig
 from jaxgen.text.config import TextConfig
 from jaxgen.text.encoder import load_pretrained, save_pretrained
 from jaxgen.text.peft import load_adapter, save_adapter
 from jaxgen.text.weights import Tensor
-from tests.text.cases import NAMES, REFERENCES, Case
+from tests.text.cases import REFERENCES, Case
 
 METHODS = [Full(), LastLayers(1), LoRA(4), AdaLoRA(6, target_rank=3), Bottleneck(4), Prefix(3)]
 ids = lambda method: type(method).__name__  # noqa: E731
@@ -44,17 +45,19 @@ def bert(tmp_path_factory):
     return load("bert", tmp_path_factory.mktemp("models") / "bert")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(architecture, params, tokens, mask):
+    return bind(architecture.build, params)(tokens, mask, jnp.float32)[1]
+
+
 def states(model, params, tokens, mask):
-    module = bind(adapt.fitted(model.architecture, params).build, params)
-    return module(tokens, mask, jnp.float32)[1]
+    return run(adapt.fitted(model.architecture, params), params, tokens, mask)
 
 
 def moved(trained, by=0.1):
     """`trained` away from where it starts, so that every array has an effect."""
-    flat = dict(flatten(trained))
-    keys = jax.random.split(jax.random.key(1), len(flat))
-    tree = {name: leaf + by * jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, flat.items(), strict=True)}
-    return adapt.unflatten(tree)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf + by * rng.normal(size=leaf.shape), jnp.float32), jax.device_get(trained))
 
 
 def flat(tree):
@@ -74,11 +77,17 @@ def test_what_is_trained_has_a_gradient_and_starts_as_the_model(bert, method):
     axes = dict(flatten(method.axes(model.architecture)))
     assert {name: len(names) for name, names in axes.items()} == {name: leaf.ndim for name, leaf in flat(trained).items()}
     frozen = adapt.select(model.params, lambda name: name not in flat(trained))
-    run = lambda frozen, trained: states(model, method.merge(frozen, trained), tokens, mask)  # noqa: E731
+
+    def run(frozen, trained):
+        """Not compiled as a whole, so that what adds nothing rounds nothing."""
+        params = method.merge(frozen, trained)
+        return bind(adapt.fitted(model.architecture, params).build, params)(tokens, mask, jnp.float32)[1]
+
     if not isinstance(method, Prefix):  # which every query sees from the start
         np.testing.assert_array_equal(run(frozen, trained), run(model.params, {}))
-    goal = jax.random.normal(jax.random.key(2), (*tokens.shape, model.architecture.hidden_size))
-    gradient = jax.grad(lambda trained: jnp.sum(goal * jax.jit(run)(frozen, trained) * (mask > 0)[..., None]))(moved(trained))
+    goal = np.random.default_rng(2).normal(size=(*tokens.shape, model.architecture.hidden_size)).astype(np.float32)
+    loss = lambda trained: jnp.sum(goal * run(frozen, trained) * (mask > 0)[..., None])  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(moved(trained))
     still = {name for name, leaf in flat(gradient).items() if np.abs(leaf).max() < 1e-4}
     # A key's bias adds the same to every logit of a query.
     assert still == {name for name in flat(trained) if name.endswith(".k.bias")}
@@ -97,7 +106,17 @@ def test_each_method_trains_what_it_says(bert):
     assert Frozen().init(jax.random.key(0), model.params, None) == {}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if (REFERENCES / f"{n}.npz").exists() and not Case(n).head and n != "bert"])
+# Every kind of layer; other cases differ in what does not concern additions to one (rotary positions, pooling).
+LAYERS = ["distilbert", "clip_bigg", "gpt2", "t5", "t5_v11", "umt5"]
+LAYERS += ["gemma2_uncapped", "gemma3_parameters", "llama_bias", "qwen3_sliding", "smollm3_sliding"]
+
+
+def test_no_architecture_is_left_out():
+    kinds = {json.loads(str(Case(name).stored["config"]))["model_type"] for name in LAYERS}
+    assert {registry.ARCHITECTURES[kind] for kind in kinds} == set(registry.ARCHITECTURES.values())
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_every_architecture_can_be_adapted(name, tmp_path):
     model, tokens, mask = load(name, tmp_path)
     plain = states(model, model.params, tokens, mask)
@@ -105,7 +124,10 @@ def test_every_architecture_can_be_adapted(name, tmp_path):
     for method in (LoRA(2, targets=("all",)), Bottleneck(2), Prefix(2), LastLayers(1)):
         trained = method.init(jax.random.key(0), model.params, model.architecture)
         if not isinstance(method, Prefix):
-            np.testing.assert_array_equal(states(model, method.merge(model.params, trained), tokens, mask), plain)
+            # Bottlenecks make another program, which rounds otherwise.
+            same_program = 0.0 if not isinstance(method, Bottleneck) else 1e-5 * scale
+            begun = states(model, method.merge(model.params, trained), tokens, mask)
+            np.testing.assert_allclose(begun[mask > 0], plain[mask > 0], rtol=0, atol=same_program)
         changed = states(model, method.merge(model.params, moved(trained, 0.3)), tokens, mask)
         assert float(jnp.abs(changed - plain)[mask > 0].max()) > 1e-3 * scale, method
 
@@ -128,7 +150,9 @@ def test_low_rank_changes_are_merged_as_stated_and_taken_back_exactly(bert, meth
 
 def test_the_layers_of_a_generator_take_lora_too():
     family, shapes = Flow(network=Transformer(patch=4, width=32, depth=1, head_dim=8)), Shapes((16, 16, 3), 12, 8)
-    params = family.init(jax.random.key(0), shapes)["generator"]
+    rng = np.random.default_rng(0)
+    params = jax.eval_shape(lambda: family.init(jax.random.key(0), shapes))["generator"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
     method = LoRA(3, targets=("q", "out", "up"))
     trained = method.init(jax.random.key(1), params)
     axes = dict(flatten(method.axes_of(family.logical_axes(shapes)["generator"])))

@@ -40,3 +40,13 @@ def test_batch_mates_and_padding_do_not_matter(encoder):
     np.testing.assert_allclose(together.pooled[1], alone.pooled[0], atol=1e-6)
     assert together.hidden.dtype == np.float32
     assert together.mask.dtype == bool
+
+
+def test_pairs_of_sentences_are_as_alike_as_pytorch_finds_them():
+    encoder, pairs, vectors = load_text_encoder(MINILM), STORED["pairs"], STORED["vectors"]
+    ours = np.asarray(encoder([str(s) for s in pairs.ravel()]).pooled).reshape(vectors.shape)
+    np.testing.assert_allclose(ours, vectors, atol=1e-5 * np.abs(vectors).max())
+    alike, theirs = (np.sum(v[:, 0] * v[:, 1], axis=-1) for v in (ours, vectors))
+    assert len(pairs) >= 30
+    assert np.diff(np.sort(theirs)).min() > 5e-5  # far more than what two libraries differ by
+    np.testing.assert_array_equal(np.argsort(alike), np.argsort(theirs))

@@ -3,19 +3,25 @@ import pytest
 
 from jaxgen.errors import UserError
 from jaxgen.storage import as_path
-from jaxgen.text import cache, load_text_encoder
+from jaxgen.text import cache, load_text_encoder, scratch
 from jaxgen.text.cache import check_size, encode_captions
 from jaxgen.text.encoder import TextEncoder
 from jaxgen.text.features import TextFeatures
 from jaxgen.text.pair import PairedTextEncoder
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CAPTIONS = ["a small red circle", "two dogs", "a large blue square to the left of a small green ring", "words " * 30]
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    return load_text_encoder(MINILM)
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("scratch") / "encoder"
+    scratch.write(directory, [*CAPTIONS, "a picture of please"], hidden_size=16, layers=1, vocab=150, max_length=64)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def encoder(source):
+    return load_text_encoder(source)
 
 
 def agree(table, encoder, captions):
@@ -28,15 +34,15 @@ def agree(table, encoder, captions):
 
 
 @pytest.mark.parametrize("kind", ["plain", "template", "pair"])
-def test_rows_are_what_the_encoder_gives(encoder, kind):
+def test_rows_are_what_the_encoder_gives(source, encoder, kind):
     if kind == "template":
-        encoder = load_text_encoder(MINILM, template="a picture of {} please")
+        encoder = load_text_encoder(source, template="a picture of {} please")
     if kind == "pair":
-        encoder = PairedTextEncoder(encoder, load_text_encoder(MINILM, layers=2), "tokens")
+        encoder = PairedTextEncoder(encoder, load_text_encoder(source, layers=0), "tokens")
     agree(encode_captions(encoder, CAPTIONS), encoder, [*CAPTIONS, ""])
 
 
-def test_what_is_there_is_taken_and_only_the_rest_encoded(encoder, tmp_path, monkeypatch):
+def test_what_is_there_is_taken_and_only_the_rest_encoded(source, encoder, tmp_path, monkeypatch):
     encoded = []
     real = cache._encode
     monkeypatch.setattr(
@@ -50,7 +56,7 @@ def test_what_is_there_is_taken_and_only_the_rest_encoded(encoder, tmp_path, mon
     assert encoded == [sorted(["", *CAPTIONS[:2]]), sorted(CAPTIONS[2:])]
     agree(more, encoder, [*CAPTIONS, ""])
     np.testing.assert_array_equal(more.lookup(["two dogs"]).hidden[:, :4], first.lookup(["two dogs"]).hidden[:, :4])
-    other = load_text_encoder(MINILM, layers=3)  # another fingerprint: nothing of it is used
+    other = load_text_encoder(source, layers=0)  # another fingerprint: nothing of it is used
     agree(encode_captions(other, CAPTIONS, path), other, CAPTIONS)
     assert len(encoded[-1]) == 5
     (path / "hidden.npy").write_bytes((path / "hidden.npy").read_bytes()[:-100])
@@ -72,7 +78,7 @@ def test_states_beyond_half_precision_are_kept(encoder):
         return TextFeatures(text.hidden * 1e6, text.pooled, text.mask)
 
     large = TextEncoder(
-        encoder.params, apply, encoder.tokenizer, hidden_size=384, pooled_size=384, max_length=256, fingerprint="large"
+        encoder.params, apply, encoder.tokenizer, hidden_size=16, pooled_size=16, max_length=64, fingerprint="large"
     )
     table = encode_captions(large, CAPTIONS)
     text = large(["two dogs"])

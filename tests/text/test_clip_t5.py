@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxgen.errors import UserError
-from jaxgen.nn.module import bind, flatten, init_params, logical_axes
+from jaxgen.nn.module import bind, flatten, logical_axes
 from jaxgen.parallel.mesh import RULES, MeshConfig, make_mesh
-from jaxgen.text import registry
+from jaxgen.text import adapt, registry
 from jaxgen.text.encoder import load_pretrained
 from jaxgen.text.t5 import buckets
 from tests.text.cases import Case
@@ -72,7 +72,7 @@ def test_clip_pools_at_the_first_end_token_or_the_largest_id(tmp_path, end):
 
 def test_t5_pools_the_mean_of_the_real_tokens(tmp_path):
     model, ids, mask = load("t5", tmp_path)
-    last = jax.random.normal(jax.random.key(0), (*ids.shape, 32))
+    last = jnp.asarray(np.random.default_rng(0).normal(size=(*ids.shape, 32)), jnp.float32)
     pooled = bind(model.architecture.build, model.params).pool(last, ids, mask)
     for i, n in enumerate(np.asarray(mask).sum(1)):
         np.testing.assert_allclose(pooled[i], np.asarray(last)[i, :n].mean(0), atol=1e-6)
@@ -102,21 +102,18 @@ def test_additions_begin_as_nothing_and_count_once_trained(tmp_path, name):
     model, ids, mask = load(name, tmp_path)
     plain = states(model.architecture, model.params, ids, mask)
 
-    def added(**sizes):
-        architecture = dataclasses.replace(model.architecture, **sizes)
-        new = jax.jit(lambda: init_params(architecture.build, jax.random.key(0)))()
-        for i, layer in model.params["layers"].items():
-            new["layers"][i] |= layer
-        return architecture, {**new, **{k: v for k, v in model.params.items() if k != "layers"}}
+    def added(method):
+        params = method.merge(model.params, method.init(jax.random.key(0), model.params, model.architecture))
+        return adapt.fitted(model.architecture, params), params
 
-    architecture, params = added(bottleneck=4)
+    architecture, params = added(adapt.Bottleneck(4))
     np.testing.assert_array_equal(states(architecture, params, ids, mask), plain)
     for adapter in ("adapter1", "adapter2"):
         up = params["layers"]["0"][adapter]["up"]
         changed = {**params, "layers": jax.tree.map(lambda x: x, params["layers"])}
         changed["layers"]["0"][adapter]["up"] = {"kernel": up["kernel"] + 0.1, "bias": up["bias"]}
         assert error(states(architecture, changed, ids, mask), plain) > 1e-3
-    architecture, params = added(prefix=3)
+    architecture, params = added(adapt.Prefix(3))
     for i in params["layers"]:
         params["layers"][i]["prefix"]["v"] = jnp.ones_like(params["layers"][i]["prefix"]["v"])
     assert error(states(architecture, params, ids, mask)[1], plain[1]) > 1e-4

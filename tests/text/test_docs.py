@@ -1,5 +1,7 @@
 """What docs/text-encoders.md shows how to add is a right architecture (that its blocks run is test_readme's business)."""
 
+import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxgen.text
 from jaxgen.errors import UserError
 from jaxgen.nn.module import bind
 from jaxgen.text import registry
@@ -34,6 +37,20 @@ def test_the_worked_example_equals_transformers(tmp_path, monkeypatch):
     real = stored["mask"] > 0
     for ours, theirs in zip(states, stored["states"], strict=True):
         assert np.abs(np.asarray(ours)[real] - theirs[real]).max() <= 1e-5 * np.abs(theirs[real]).max()
+
+
+def test_what_drawing_does_not_need_is_imported_when_it_is_asked_for():
+    code = (
+        "import json, sys, jaxgen.text as text; before = {*sys.modules};"
+        "names = [getattr(text, n).__name__ for n in text.__all__];"
+        "print(json.dumps([names, sorted(n for n in {*sys.modules} - before if n.startswith('jaxgen')), sorted(before)]))"
+    )
+    names, later, before = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert names == jaxgen.text.__all__
+    assert later == ["jaxgen.text.classifier", "jaxgen.text.expand", "jaxgen.text.generate"]
+    assert not {"transformers", "torch", "tokenizers", "huggingface_hub", "jaxgen.text.t5", "jaxgen.text.decoder"} & {*before}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        jaxgen.text.nothing  # noqa: B018
 
 
 def test_every_architecture_is_in_the_table():

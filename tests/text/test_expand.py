@@ -11,7 +11,7 @@ import sample
 from jaxgen.errors import UserError
 from jaxgen.nn.module import flatten, init_params
 from jaxgen.text import scratch, weights
-from jaxgen.text.expand import expand_prompts, merged
+from jaxgen.text.expand import continued, expand_prompts, merged
 from jaxgen.text.generate import load_language_model
 from jaxgen.text.gpt2 import GPT2Config
 
@@ -30,6 +30,21 @@ from jaxgen.text.gpt2 import GPT2Config
 )
 def test_an_answer_never_loses_what_was_asked(prompt, answer, expected):
     assert merged(prompt, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("a red dog", "on a lawn\na cat", "a red dog on a lawn"),
+        ("a red dog", " on a lawn ", "a red dog on a lawn"),
+        ("a red dog", ", asleep", "a red dog, asleep"),
+        ("a red dog ", "asleep", "a red dog asleep"),
+        ("a red dog", "\nasleep", "a red dog"),
+        ("a red dog", "", "a red dog"),
+    ],
+)
+def test_what_follows_a_prompt_is_put_behind_it(prompt, answer, expected):
+    assert continued(prompt, answer) == expected
 
 
 @given(st.lists(st.sampled_from(["red", "dog", "two", "cats", "on", "by"]), min_size=1).map(" ".join), st.text(max_size=40))
@@ -63,6 +78,26 @@ def test_prompts_are_expanded_one_by_one(directory):
         expand_prompts(["a circle"], model, max_new_tokens=500)
     with pytest.raises(UserError, match="once, where the prompt goes"):
         expand_prompts(["a circle"], model, template="Long:")
+
+
+def test_a_models_own_template_is_used(directory, tmp_path):
+    model = load_language_model(str(directory))
+    model.templates = {"expand": "wishes: {}"}
+    asked = []
+    model.generate = lambda prompts, **_: asked.extend(prompts) or ["and a  cross"] * len(prompts)
+    assert expand_prompts(["a small \n circle"], model) == ["a small \n circle and a  cross"]
+    assert expand_prompts(["a circle"], model, template="Short: {}\nLong:") == ["a circle, and a  cross"]
+    assert asked == ["wishes: a small circle", "Short: a circle\nLong:"]
+    values = json.loads((directory / "config.json").read_text())
+    for tasks, found in (
+        ({"expand": {"template": "{}"}, "rewrite": {"template": "x {} y"}}, {"expand": "{}", "rewrite": "x {} y"}),
+        ({"summarization": {"prefix": "sum: "}, "other": 3}, {}),  # what T5 and others have there
+        (None, {}),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values | {"task_specific_params": tasks}))
+        for name in ("tokenizer.json", "model.safetensors"):
+            (tmp_path / name).write_bytes((directory / name).read_bytes())
+        assert load_language_model(str(tmp_path)).templates == found
 
 
 def test_sample_draws_what_it_was_expanded_to(directory, tmp_path, monkeypatch, capsys):

@@ -105,6 +105,32 @@ def test_a_seed_decides(llama, prompts):
         assert len(set(row)) > NEW // 2
 
 
+def test_a_seed_of_its_own_goes_with_a_prompt_wherever_it_stands(llama, prompts):
+    hot = {"max_new_tokens": NEW, "temperature": 1.5, "ends": ()}
+    first = llama.generate(prompts, seed=[5, 6, 7], **hot)
+    assert llama.generate([prompts[2], prompts[0], prompts[1]], seed=[7, 5, 6], **hot) == [first[2], first[0], first[1]]
+    assert llama.generate(prompts, seed=[5, 6, 8], **hot)[:2] == first[:2]
+    assert llama.generate(prompts, seed=[5, 6, 8], **hot)[2] != first[2]
+    one = llama.generate([prompts[0]] * 3, seed=[1, 1, 2], **hot)
+    assert one[0] == one[1] != one[2]
+    with pytest.raises(UserError, match="2 seeds for 3 prompts: give one each"):
+        llama.generate(prompts, seed=[5, 6])
+
+
+def test_a_fingerprint_is_of_all_that_decides_what_is_written(tmp_path, llama):
+    files = {"config.json": "{}", "generation_config.json": "{}", "tokenizer.json": "{}", "model.safetensors": "weights"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    first = generation.fingerprint(str(tmp_path))
+    (tmp_path / "README.md").write_text("notes")
+    assert generation.fingerprint(str(tmp_path)) == first
+    for name in files:
+        (tmp_path / name).write_text(files[name] + " ")
+        assert generation.fingerprint(str(tmp_path)) != first, name
+        (tmp_path / name).write_text(files[name])
+    assert generation.fingerprint(str(tmp_path)) == first
+
+
 def test_new_settings_compile_nothing(llama, prompts):
     greedy = llama.generate(prompts, max_new_tokens=NEW, ends=())
     count = generation._generate._cache_size()

@@ -486,12 +486,17 @@ def test_a_broken_tokenizer_is_told(copy, name):
     one_line(error, message)
 
 
-def test_a_special_token_beyond_the_embedding_harms_no_caption(copy):
+def test_a_special_token_beyond_the_embedding_is_refused_only_where_a_caption_has_it(copy):
     """Text-only models have their relatives' tokens for pictures."""
     before = load_text_encoder(str(copy))("a red circle")
     more = [*words()["added_tokens"], ADDED | {"id": 8, "content": "<picture>", "special": True}]
     (copy / "tokenizer.json").write_text(json.dumps(words(added_tokens=more)))
-    np.testing.assert_array_equal(load_text_encoder(str(copy))("a red circle").hidden, before.hidden)
+    encoder = load_text_encoder(str(copy))
+    np.testing.assert_array_equal(encoder("a red circle").hidden, before.hidden)
+    for call in (encoder, encoder.count, lambda captions: load_text_encoder(str(copy), template="<picture> {}")(["red"])):
+        with pytest.raises(UserError) as error:
+            call(["a red circle", "a red <picture> circle"])
+        one_line(error, "a caption has the special token <picture>, which these weights were not trained with")
 
 
 OTHERS = [

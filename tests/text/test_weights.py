@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgen.errors import UserError
 from jaxgen.nn.module import flatten, init_params
-from jaxgen.text import check_prompts, load_text_encoder, weights
+from jaxgen.text import PairedTextEncoder, check_prompts, load_text_encoder, scratch, weights
 from jaxgen.text.bert import BertConfig
 from jaxgen.text.sources import resolve
 from jaxgen.text.weights import Tensor
@@ -128,6 +128,11 @@ def test_an_index_is_checked(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}}))
     with pytest.raises(UserError, match=r"model-2\.safetensors is missing, which model\.safetensors\.index\.json names"):
         weights.load(tmp_path, TABLE, TABLE_SHAPES)
+    (tmp_path / "sub").mkdir()
+    for elsewhere in ("../outside.safetensors", "sub/inside.safetensors"):
+        store(tmp_path, {elsewhere: STORED})
+        with pytest.raises(UserError, match=f"{elsewhere} is missing, which"):  # files of the directory alone are the model's
+            weights.load(tmp_path, TABLE, TABLE_SHAPES)
 
 
 def test_all_that_is_missing_is_counted(tmp_path):
@@ -177,6 +182,13 @@ def test_half_precision_is_read_and_the_rest_told(tmp_path, dtype, message):
     np.testing.assert_array_equal(loaded, [2, 1, -2, 0.5])
 
 
+def test_buffers_begin_where_a_device_takes_them_over():
+    for count in range(1, 40):
+        buffer = weights._empty([count, 3], np.float16)
+        assert (buffer.shape, buffer.dtype, buffer.ctypes.data % 64) == ((count, 3), np.float16, 0)
+        buffer[:] = count  # all of it is there
+
+
 def test_wrong_directories_are_told(directory):
     (directory / "config.json").write_text(json.dumps(TINY | {"model_type": "gru"}))
     with pytest.raises(UserError, match="'gru' is not known here; known: bert, clip"):
@@ -208,5 +220,20 @@ def test_prompts_are_checked():
     assert "only the first 256 count" in warning
     with pytest.raises(UserError, match="empty prompt"):
         check_prompts(encoder, ["a circle", "  "])
-    with pytest.raises(UserError, match="multilingual"):
-        check_prompts(encoder, ["一个小的红色圆形在一个大的蓝色正方形的左边"])
+    chinese = "一个小的红色圆形在一个大的蓝色正方形的左边"
+    with pytest.raises(UserError, match=f"does not know 57% of '{chinese}': the tokenizer of {MINILM} lacks .* multilingual"):
+        check_prompts(encoder, [chinese])
+
+
+def test_of_a_pair_one_that_understands_is_enough(tmp_path):
+    chinese = "一个小的红色圆形"
+    scratch.write(tmp_path / "zh", [chinese], hidden_size=8, layers=1, vocab=200, max_length=8)
+    knows, other = load_text_encoder(str(tmp_path / "zh")), load_text_encoder(MINILM, max_length=6)
+    with pytest.raises(UserError, match=MINILM):
+        check_prompts(other, [chinese])
+    for pair in (PairedTextEncoder(knows, other), PairedTextEncoder(other, knows)):
+        assert check_prompts(pair, [chinese[:6]]) == []
+        (warning,) = check_prompts(pair, [chinese])
+        assert warning.endswith("has 10 tokens; only the first 8 count")
+        with pytest.raises(UserError, match=r"does not know 100% of '猫'"):
+            check_prompts(pair, ["猫"])
