@@ -1,4 +1,4 @@
-"""Train a picture generator from a configuration file.
+"""Train a picture generator, or a language model of captions, from a configuration file.
 
     python train.py [--config=configs/quickstart.py] [--config.SECTION.FIELD=VALUE ...] [--workdir=runs/NAME]
 
@@ -36,8 +36,9 @@ def main() -> None:
 
     # Training
     from jaxgen.storage import as_path
-    from jaxgen.train.loop import run
+    from jaxgen.train import language, loop
 
+    run = language.run if isinstance(config, language.LanguageRunConfig) else loop.run
     run(config, as_path(args.workdir or Path("runs") / Path(path).stem), profile=args.profile)
 
 

@@ -38,6 +38,7 @@ def get_config():
         optimizer=OptimizerConfig(warmup_steps=20),
     )
 """
+TIMED = ("step_ms", "images_per_sec", "gflops", "mfu")  # of a training line
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax names a checkpoint so until it is whole
 # Kinds of moments and their shares; what is left of the kills meets a step.
 SHARES = {"saving": 0.35, "start-up": 0.15, "restoring": 0.15, "compiling": 0.1}
@@ -245,9 +246,9 @@ def terminate(place: Path, arguments: Any, problems: list[str]) -> list[dict[str
 
 
 def losses(workdir: Path) -> list[tuple[Any, ...]]:
-    """(step, loss and gradient norm as written) of every training line, in order."""
+    """(step, loss and whatever else is no measurement of time, as written) of every training line, in order."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"], line["clean_mse"], line["grad_norm"]) for line in lines if "loss" in line]
+    return [(line["step"], {k: v for k, v in line.items() if k not in TIMED}) for line in lines if "loss" in line]
 
 
 def arrays(workdir: Path, step: int) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def _parse_one(text: str, hint: Any) -> Any:
 def _options(hint: Any) -> list[Any]:
     """The members of a union, None first so that "none" is not taken for a string."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return sorted(typing.get_args(hint), key=lambda option: option is not type(None))
+        members = sorted(typing.get_args(hint), key=lambda option: option is not type(None))
+        return [option for member in members for option in _options(member)]
     if isinstance(hint, type) and not dataclasses.is_dataclass(hint):
         # A base class stands for every registered section made from it.
         return [cls for cls in _TYPES.values() if hint in cls.__mro__] or [hint]

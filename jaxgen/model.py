@@ -2,6 +2,7 @@
 
 An exported directory (and a shipped model) holds config.json, model.safetensors with the EMA weights, and README.md."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.families.base import SampleSettings, Shapes
-from jaxgen.nn.module import Params, flatten, unflatten
+from jaxgen.nn.module import Params, fingerprint, flatten, unflatten
+from jaxgen.parallel.mesh import on_mesh
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, read_json, write_bytes, write_json, write_text
-from jaxgen.text import TextEncoder, load_text_encoder
+from jaxgen.text import TextEncoder
 from jaxgen.text.adapt import adapted, text_of, with_text
 from jaxgen.train.config import RunConfig
 
@@ -181,7 +183,7 @@ class Model:
             keys = jax.vmap(fold)(prompt_index, image_index)
             return method(params, frozen, text, null_text, keys, settings, *rest)
 
-        return jax.jit(draw, out_shardings=NamedSharding(self.mesh, PartitionSpec()), **options)
+        return jax.jit(on_mesh(self.mesh, draw), out_shardings=NamedSharding(self.mesh, PartitionSpec()), **options)
 
 
 def _bucketed(rows: np.ndarray, shares: int = 1) -> Iterator[np.ndarray]:
@@ -199,21 +201,14 @@ def load(name_or_path: str) -> Model:
     """A model from a workdir (its newest checkpoint's EMA weights), an exported directory, or a shipped name.
 
     Raises UserError where there is none, or its files are broken or do not belong together."""
-    directory = as_path(name_or_path)
-    if not directory.is_dir():
-        directory = as_path(str(resources.files("jaxgen") / "models" / name_or_path))
-        if "/" in name_or_path or not (directory / "config.json").exists():
-            raise UserError(f"{name_or_path}: no such directory or shipped model; shipped are {', '.join(shipped()) or 'none'}")
-    if not (directory / "config.json").exists():
-        raise UserError(f"{directory} has no config.json: it is neither a workdir nor an exported model")
-    values = read_json(directory / "config.json")
-    exported = values.pop("exported", None)
-    config = configs.finalize(configs.from_dict(RunConfig, values, f"{directory}/config.json"))
-    if exported is not None and exported.get("format") != FORMAT:
-        raise UserError(
-            f"{directory} is of format {exported.get('format')}, this jaxgen reads {FORMAT}: install the one that wrote it"
-        )
-    encoder = load_text_encoder(config.text.source, max_length=config.text.max_length)
+    config, params, encoder, frozen, step = _read(name_or_path)
+    return Model(config, params, encoder, frozen, step=step)
+
+
+def _read(name_or_path: str) -> tuple[RunConfig, Params, TextEncoder, Params, int]:
+    """What a Model is made of; the weights as they were written, whatever this device computes in."""
+    directory, config, exported = read_config(name_or_path)
+    encoder = config.text.load()
     shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
     abstract = jax.eval_shape(lambda base: _init(config, shapes, base, encoder.pretrained), encoder.params)
     if exported is not None:
@@ -223,12 +218,64 @@ def load(name_or_path: str) -> Model:
     else:
         params, meta = _read_checkpoint(directory, abstract)
         frozen = config.family.load_frozen()
+        check_frozen(config, frozen, meta, str(directory))
     if meta["text_fingerprint"] != encoder.fingerprint:
         raise UserError(
             f"{directory} was trained with other text encoder files than {config.text.source} has here "
             f"({meta['text_fingerprint'][:12]} there, {encoder.fingerprint[:12]} here): restore those"
         )
-    return Model(config, params, encoder, frozen, step=meta["step"])
+    return config, params, encoder, frozen, meta["step"]
+
+
+def read_config(name_or_path: str) -> tuple[Path, RunConfig, dict[str, Any] | None]:
+    """(directory, configuration, what an exported one says of itself or None) of what `load` takes. Raises UserError."""
+    directory = as_path(name_or_path)
+    if not directory.is_dir():
+        directory = as_path(str(resources.files("jaxgen") / "models" / name_or_path))
+        if "/" in name_or_path or not (directory / "config.json").exists():
+            raise UserError(f"{name_or_path}: no such directory or shipped model; shipped are {', '.join(shipped()) or 'none'}")
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory} has no config.json: it is neither a workdir nor an exported model")
+    values = read_json(directory / "config.json")
+    exported = values.pop("exported", None)
+    if "family" not in values:
+        raise UserError(f"{directory} is a language model's: give {directory}/model to sample.py --expand; it draws nothing")
+    config = configs.finalize(configs.from_dict(RunConfig, values, f"{directory}/config.json"))
+    config = dataclasses.replace(config, family=config.family.to_draw())
+    if exported is not None and exported.get("format") != FORMAT:
+        raise UserError(
+            f"{directory} is of format {exported.get('format')}, this jaxgen reads {FORMAT}: install the one that wrote it"
+        )
+    return directory, config, exported
+
+
+def read_trained(name_or_path: str) -> tuple[RunConfig, Params]:
+    """Configuration and EMA weights, float32, of what was trained on pictures alone; its text encoder is not looked for.
+
+    Raises UserError as `load` does."""
+    directory, config, exported = read_config(name_or_path)
+    shapes = Shapes((config.data.image_size, config.data.image_size, 3), 0, 0)
+    abstract = jax.eval_shape(lambda: config.family.init(jax.random.key(0), shapes))
+    abstract = {group: abstract[group] for group in config.family.drawn}
+    if exported is not None:
+        return config, _read_weights(directory / "model.safetensors", abstract)
+    return config, jax.device_get(_read_checkpoint(directory, abstract)[0])
+
+
+def fingerprints(config: RunConfig, frozen: Params) -> dict[str, str]:
+    """{part: SHA-256 of its weights} of what the family reads from the files that its field `part` names."""
+    return {part: fingerprint(tree) for part, tree in frozen.items() if hasattr(config.family, part)}
+
+
+def check_frozen(config: RunConfig, frozen: Params, meta: dict[str, Any], where: str) -> None:
+    """Raises UserError where a part of `frozen` is not what a checkpoint's `meta` says it was trained with."""
+    known = meta.get("frozen_fingerprint", {})
+    for part, found in fingerprints(config, frozen).items():
+        if known.get(part, found) != found:
+            raise UserError(
+                f"{where} was trained with other weights than family.{part} names now ({known[part][:12]} there, {found[:12]} "
+                "here): restore those, or choose another --workdir"
+            )
 
 
 def shipped() -> list[str]:
@@ -253,7 +300,7 @@ def export(workdir: str, directory: str, *, dtype: str = "float16", note: str = 
 
 def read_weights(name_or_path: str) -> dict[str, np.ndarray]:
     """Flat float32 EMA weights of a workdir, an exported directory or a shipped model."""
-    return {name: np.asarray(leaf, np.float32) for name, leaf in flatten(jax.device_get(load(name_or_path).params))}
+    return {name: np.asarray(leaf, np.float32) for name, leaf in flatten(jax.device_get(_read(name_or_path)[1]))}
 
 
 def _init(config: RunConfig, shapes: Shapes, base: Params, pretrained: Any) -> Params:

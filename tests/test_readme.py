@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from jaxgen.config import apply_overrides
+from jaxgen.config import apply_overrides, load
 from jaxgen.evaluate.pictures import save_png
 from jaxgen.storage import as_path, write_text
 from jaxgen.train.config import RunConfig
@@ -37,7 +37,7 @@ def trained(words: list[str]) -> str:
 
 
 def drawn(words: list[str]) -> str:
-    return flag(words, "out", "") or flag(words, "out_dir", "") or "grid.png"
+    return flag(words, "trace", "") or flag(words, "out", "") or flag(words, "out_dir", "") or "grid.png"
 
 
 class Rule(NamedTuple):
@@ -53,12 +53,17 @@ class Rule(NamedTuple):
 SHORT = "--config.train.steps=2 --config.train.batch_size=4 --config.sample.prompts= --config.eval.every=0"
 FEW = "--config.data.train_examples=16 --config.data.paraphrases=0"
 TINY = " ".join(f"--config.family.network.{field}" for field in ("widths=64", "down=1", "up=1", "attention=text", "refiner=1"))
+TINY_CODEC = "--config.family.network.widths=8,8,8 --config.family.network.encoder_blocks=0"
+TINY_TOKENS = " ".join(f"--config.family.network.{field}" for field in ("width=32", "depth=1", "refiner=0"))
 RULES = [  # the first that matches counts
     Rule(r"pip install uv$", instead="uv --version"),
     Rule(r"uv sync( --extra \w+)*$", instead="uv --version"),  # its extras are looked at below
     Rule(r"uv run pytest$", more="--collect-only"),
     Rule(r"uv run (train|sample)\.py .*gs://BUCKET", fails="gs://BUCKET"),
     Rule(r"uv run train\.py .*--dry_run$", leaves=lambda words: "dry_run.png"),
+    Rule(r"uv run train\.py --config=configs/caption_lm\.py$", more=f"{SHORT} {FEW}", leaves=lambda _: "runs/caption_lm/model"),
+    Rule(r"uv run train\.py --config=configs/scenes_tokenizer\.py$", more=f"{SHORT} {FEW} {TINY_CODEC}", leaves=trained),
+    Rule(r"uv run train\.py --config=configs/scenes_ar\.py$", more=f"{SHORT} {FEW} {TINY_TOKENS}", leaves=trained),
     Rule(r"uv run train\.py\b", more=f"{SHORT} {FEW} {TINY}", leaves=trained),
     Rule(r"uv run sample\.py\b", more="--num_images=1 --steps=2", leaves=drawn),
     Rule(r"uv run python session\.py$"),  # the page's Python blocks, written to this file
@@ -190,6 +195,11 @@ def test_extras_and_fields_that_are_named_exist(page):
     text = (ROOT / page).read_text()
     extras = re.findall(r"--extra (\w+)|extra `(\w+)`|\[([\w,]+)\]\"", text)
     assert {name for found in extras for name in "".join(found).split(",")} <= EXTRAS.keys()
-    fields = [field for field in re.findall(r"--config\.([\w.]+=[^\s`\"]+)", text) if "FIELD" not in field]
-    for field in fields:
-        apply_overrides(RunConfig(), [field])
+    for part in re.split(r"\n\n|\n(?=\||    uv run)", text):  # paragraphs, a table's rows, commands
+        fields = [field for field in re.findall(r"--config\.([\w.]+=[^\s`\"]+)", part) if "FIELD" not in field]
+        file = re.search(r"--config=(configs/\w+\.py)", part)
+        if file and "caption_lm" not in file[1]:
+            config = load(str(ROOT / file[1]), fields)
+            assert config.sample.sampler in ("", *config.family.samplers), part
+        else:
+            apply_overrides(RunConfig(), fields)

@@ -1,10 +1,36 @@
 """Which pictures a run learns from, and how they are fed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxgen.errors import UserError
 
 LANGUAGES = ("en", "zh")
+
+
+@dataclass(frozen=True)
+class RewriteConfig:
+    """Training captions in other words (rewrite.py); off without a source."""
+
+    source: str = ""  # of a language model: a directory (of configs/caption_lm.py) or a Hub id
+    template: str = ""  # "… {} …", the caption in it; by default the one the model was trained with, or a few examples
+    share: float = 0.5  # of captions that are seen reworded
+    variants: int = 2  # a caption
+    max_new_tokens: int = 32  # an answer that does not end within them is not taken
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+
+    def validate(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise UserError(
+                f"data.rewrite.share={self.share} must lie in (0, 1]; without data.rewrite.source nothing is reworded"
+            )
+        if self.variants < 1 or self.max_new_tokens < 2:
+            raise UserError("data.rewrite.variants must be at least 1, data.rewrite.max_new_tokens at least 2")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("data.rewrite.temperature must be at least 0, data.rewrite.top_p lie in (0, 1]")
+        if self.template and self.template.count("{}") != 1:
+            raise UserError(f"data.rewrite.template={self.template!r} needs {{}} once, where the caption goes")
 
 
 @dataclass(frozen=True)
@@ -25,6 +51,10 @@ class DataConfig:
     threads: int = 4  # that decode pictures
     max_bad: int = 100  # unreadable pictures met in training before the run stops
     keep_in_memory: int = 512  # MB; a decoded set up to this size is decoded once
+    # Keep what the family makes of each picture (latents, tokens) in files beside the set, rather than make it in each step;
+    # by default on a CPU, where pictures are not cropped at random.
+    precompute: bool | None = None
+    rewrite: RewriteConfig = field(default_factory=RewriteConfig)
 
     def validate(self) -> None:
         if self.image_size < 8:

@@ -16,6 +16,7 @@ from jaxgen.data import registry
 from jaxgen.data.builder import Records, prepare
 from jaxgen.data.config import DataConfig
 from jaxgen.data.recipe import decode, fit
+from jaxgen.data.rewrite import Rewritings, rewritings
 from jaxgen.errors import UserError
 from jaxgen.storage import as_path
 
@@ -31,6 +32,9 @@ class Source:
         self.size = config.image_size
         self.stored = config.image_size * 9 // 8 if crop else config.image_size
         self.max_bad, self.bad = config.max_bad, 0
+        # In the pictures' place (precompute.py): rows [N, 1 or 2 (mirrored), ...].
+        self.made: dict[str, np.ndarray] | None = None
+        self.rewritings: Rewritings | None = None
         self._images: np.ndarray | None = None
         self._captions: list[list[str]] | None = None
         if len(records) * self.stored**2 * 3 <= config.keep_in_memory * 2**20:
@@ -53,14 +57,19 @@ class Source:
                 break
         raise UserError(f"{self.bad} unreadable pictures met while training, more than data.max_bad={self.max_bad}")
 
+    def captions_of(self, index: int) -> list[str]:
+        return self._captions[index] if self._captions is not None else self.records[index][1]
+
     def captions(self) -> Iterator[str]:
-        """Every caption of the split."""
+        """Every caption of the split, and every variant of it."""
         for index in range(len(self)):
-            yield from self._captions[index] if self._captions is not None else self.records[index][1]
+            for caption in self.captions_of(index):
+                yield caption
+                yield from self.rewritings.variants[caption] if self.rewritings is not None else ()
 
     @property
     def in_memory(self) -> bool:
-        return self._images is not None
+        return self._images is not None or self.made is not None
 
     def _load(self) -> None:
         pairs = [self[index] for index in range(len(self))]
@@ -69,7 +78,8 @@ class Source:
 
 
 def load_source(config: DataConfig, split: str = "train") -> Source:
-    """A split of the configured set, prepared first where that is needed. Only training pictures are augmented."""
+    """A split of the configured set, prepared first where that is needed. Only training pictures are augmented, and only
+    their captions rewritten."""
     name, recipe = registry.recipe(config)
     records = Records(prepare(name, recipe, as_path(config.dir)), split)
     if len(records) == 0:
@@ -77,7 +87,10 @@ def load_source(config: DataConfig, split: str = "train") -> Source:
     train = split == "train"
     flip = recipe.flip if config.flip is None else config.flip
     crop = recipe.crop if config.crop is None else config.crop
-    return Source(config, records, flip=train and flip, crop=train and crop)
+    source = Source(config, records, flip=train and flip, crop=train and crop)
+    if train and config.rewrite.source:
+        source.rewritings = rewritings(config, source.captions())
+    return source
 
 
 def batches(
@@ -92,7 +105,7 @@ def batches(
     threads: int = 4,
 ) -> Iterator[dict[str, Any]]:
     """This process's share of every global batch from `start_step` on, without end:
-    {"image": uint8 [b, H, W, 3], "caption": list of b strings, "" where it is dropped}."""
+    {"image": uint8 [b, H, W, 3] (or the rows of source.made), "caption": list of b strings, "" where it is dropped}."""
     import grain
 
     share = batch_size // process_count
@@ -102,13 +115,19 @@ def batches(
         step, place = divmod(int(k), share)
         position = (start_step + step) * batch_size + process_index * share + place
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
-        index: Any = order[position]
-        image, captions = source[int(index)]
+        entry: Any = order[position]
+        index, made = int(entry), source.made
+        image, captions = source[index] if made is None else (np.empty(0), source.captions_of(index))
         caption = captions[int(rng.integers(len(captions)))]
         dropped = rng.random() < caption_dropout
         top, left = (rng.random(2) * (source.stored - source.size + 1)).astype(int)
+        mirrored = rng.random() < 0.5 and source.flip
+        if source.rewritings is not None:  # the last draws: without them all others stay what they were
+            caption = source.rewritings.draw(caption, rng)
+        if made is not None:
+            return {name: rows[index, int(mirrored)] for name, rows in made.items()} | {"caption": "" if dropped else caption}
         image = image[top : top + source.size, left : left + source.size]
-        if rng.random() < 0.5 and source.flip:
+        if mirrored:
             image = image[:, ::-1]
         return {"image": image, "caption": "" if dropped else caption}
 
@@ -117,7 +136,7 @@ def batches(
     examples = iter(grain.MapDataset.range(FOREVER).map(fetch).to_iter_dataset(options))
     while True:
         batch = [next(examples) for _ in range(share)]
-        yield {"image": np.stack([e["image"] for e in batch]), "caption": [e["caption"] for e in batch]}
+        yield {name: [e[name] for e in batch] if name == "caption" else np.stack([e[name] for e in batch]) for name in batch[0]}
 
 
 def to_device(

@@ -1,11 +1,11 @@
 """How often a model draws exactly what a caption asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxgen.data.scenes import KINDS, prompts
+from jaxgen.data.scenes import KINDS, Scene, prompts
 from jaxgen.evaluate.verifier import verify
 
 ATTRIBUTES = ("exact", "count", "colour", "shape", "size", "relation")
@@ -31,10 +31,16 @@ def judge(
     pairs = list(prompts(split, count, language=language))
     captions = [caption for caption, _ in pairs]
     images = model.sample(captions, seed=seed, **settings)
-    verdict = verify(images, [scene for _, scene in pairs])
+    shares, exact = score(images, [scene for _, scene in pairs])
+    return shares, images, captions, exact
+
+
+def score(images: np.ndarray, scenes: Sequence[Scene]) -> tuple[dict[str, float], np.ndarray]:
+    """(shares, exact bool [N]) of pictures uint8 [N, S, S, 3] that are to show these scenes."""
+    verdict = verify(images, scenes)
     shares = {f"eval/{name}": float(getattr(verdict, name).mean()) for name in ATTRIBUTES}
-    kinds = np.array([scene.kind for _, scene in pairs])
+    kinds = np.array([scene.kind for scene in scenes])
     for kind in KINDS:
         if (kinds == kind).any():
             shares[f"eval/exact_{kind}"] = float(verdict.exact[kinds == kind].mean())
-    return shares, images, captions, verdict.exact
+    return shares, verdict.exact

@@ -1,5 +1,6 @@
 """Captioned sheets of pictures, and PNG files that say how they were made."""
 
+import functools
 import io
 import json
 import textwrap
@@ -13,13 +14,16 @@ from PIL.PngImagePlugin import PngInfo
 from jaxgen.storage import Path, write_bytes
 
 MARGIN, LINE = 6, 13
+# Fonts with Chinese, Japanese and Korean signs, which Pillow's own lacks, as systems and distributions call them.
+CJK = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "PingFang.ttc", "msyh.ttc")
 
 
 def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int | None = None, cell: int = 128) -> np.ndarray:
     """uint8 [H, W, 3]: pictures (uint8 [h, w, 3], any size) enlarged to about `cell` pixels, each over its caption."""
     columns = columns or min(len(images), max(4, round(len(images) ** 0.5)))
-    font = ImageFont.load_default(11)
-    wrapped = [textwrap.wrap(caption, max(cell // 6, 8))[:4] for caption in captions]
+    # Such a sign is twice as wide as a letter.
+    wrapped = [textwrap.wrap(caption, max(cell, 48) // (12 if wide(caption) else 6))[:4] for caption in captions]
+    plain, full = ImageFont.load_default(11), cjk_font() if any(map(wide, captions)) else None
     height = cell + LINE * max(map(len, wrapped), default=0) + MARGIN
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), "white")
@@ -32,8 +36,24 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int | 
         size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
         page.paste(picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS), (x, y))
         for number, line in enumerate(lines):
-            draw.text((x, y + cell + 2 + number * LINE), line, fill="black", font=font)
+            draw.text((x, y + cell + 2 + number * LINE), line, fill="black", font=full if full and wide(line) else plain)
     return np.asarray(page)
+
+
+def wide(text: str) -> bool:
+    """Whether there are Chinese, Japanese or Korean signs in it."""
+    return any("\u2e80" <= sign <= "\uffef" for sign in text)
+
+
+@functools.cache
+def cjk_font() -> Any:
+    """The first of CJK that the system has; None where it has none, and boxes stand for the signs."""
+    for name in CJK:
+        try:
+            return ImageFont.truetype(name, 11)
+        except OSError:
+            continue
+    return None
 
 
 def encode_png(image: np.ndarray, metadata: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import jax
 import jax.numpy as jnp
 
+from jaxgen.errors import UserError
 from jaxgen.nn.module import Params
 from jaxgen.text.features import TextFeatures
 
@@ -48,6 +49,7 @@ class Family(Protocol):
     groups: ClassVar[tuple[str, ...]] = ("generator",)
     drawn: ClassVar[tuple[str, ...]] = ("generator",)
     samplers: ClassVar[tuple[str, ...]]  # the first is the default
+    draws: ClassVar[bool] = True  # from captions; else these are not read, and `roundtrip` is what is judged
 
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
         """Fresh float32 parameters, {group: tree}. Raises UserError where the picture's shape does not fit."""
@@ -75,6 +77,17 @@ class Family(Protocol):
         `null_text` (B captions) is what guidance leads away from: the empty caption or a negative prompt."""
         ...
 
+    def roundtrip(self, params: Params, frozen: Params, image: jax.Array) -> jax.Array:
+        """float32 [B, H, W, C]: pictures (of the same shape, in [-1, 1]) as the network gives them back. Of a family that
+        does not draw; the others raise UserError."""
+        raise UserError(f"{type(self).__name__} draws, and gives no pictures back")
+
+    def precompute(self, frozen: Params, image: jax.Array) -> dict[str, jax.Array]:
+        """{name: array [B, ...]}: what `losses` takes from a batch in place of its pictures (float [B, H, W, C] in [-1, 1]),
+        the same at every step, so that it can be kept in files; {} where it needs the pictures. What it is hangs on the
+        field `codec` alone and on that one's frozen weights."""
+        return {}
+
     def trace(
         self,
         params: Params,
@@ -99,6 +112,10 @@ class Family(Protocol):
 
     def resolve(self) -> Self:
         """This configuration with what it reads from files it names; called once, before anything else. Raises UserError."""
+        return self
+
+    def to_draw(self) -> Self:
+        """This configuration without what only training uses (a teacher): what is drawn with and exported."""
         return self
 
     def init_frozen(self, shapes: Shapes) -> Params:

@@ -9,6 +9,7 @@ from jaxgen.nn.layers import MLP, Linear, RMSNorm, time_features
 from jaxgen.text.features import TextFeatures
 
 TIME_FEATURES = 128
+SLOW = 20  # of its TIME_FEATURES / 2 frequencies: those below about 8 half-turns from t = 0 to 1
 
 
 class Conditioning(nnx.Module):
@@ -17,17 +18,36 @@ class Conditioning(nnx.Module):
     A frozen language model's features are made for other ends: `refiner` small transformer blocks over the tokens let
     the generator learn its own reading of them (as in SD3's and Lumina's context refiners)."""
 
-    def __init__(self, hidden: int, pooled: int, width: int, rngs: nnx.Rngs, *, refiner: int = 0):
-        self.time = MLPEmbed(TIME_FEATURES, width, rngs)
+    more: "MLPEmbed | None" = None
+
+    def __init__(self, hidden: int, pooled: int, width: int, rngs: nnx.Rngs, *, refiner: int = 0, time: bool = True):
+        self.time = MLPEmbed(TIME_FEATURES, width, rngs) if time else None
         self.pooled_norm = RMSNorm(pooled, rngs, learned=False)
         self.pooled = MLPEmbed(pooled, width, rngs)
         self.tokens_norm = RMSNorm(hidden, rngs, learned=False)
         self.tokens = Linear(hidden, width, rngs, axes=(None, "embed"))
         self.blocks = nnx.List([TextBlock(width, rngs) for _ in range(refiner)])
+        self.width = width
 
-    def __call__(self, t: jax.Array, text: TextFeatures, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        pooled = self.pooled(self.pooled_norm(text.pooled.astype(dtype)))
-        vector = self.time(time_features(t, TIME_FEATURES).astype(dtype)) + pooled
+    def extend(self, count: int, rngs: nnx.Rngs) -> None:
+        """From now on t is [B, 1 + count]: a time and further numbers in [0, 1], which count for nothing at first.
+
+        The output may then be differentiated by all of them: fast frequencies are left out (of the time as well), for what
+        they add to the output is little, but to its derivative much (as arXiv 2410.11081 found)."""
+        self.more = MLPEmbed(2 * SLOW * count, self.width, rngs, zero=True)
+
+    def __call__(self, t: jax.Array | None, text: TextFeatures, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """t [B], or [B, k] after `extend`, or None where there is no `time`; the vector and the tokens are of `dtype`."""
+        vector = self.pooled(self.pooled_norm(text.pooled.astype(dtype)))
+        if t is None or self.time is None:
+            pass  # a network that knows no time
+        elif self.more is None:
+            vector = self.time(time_features(t, TIME_FEATURES).astype(dtype)) + vector
+        else:
+            features = time_features(t.reshape(-1), TIME_FEATURES).reshape(*t.shape, 2, -1)  # [B, k, 2, frequencies]
+            slow = features[..., :SLOW]
+            first = jnp.pad(slow[:, 0], ((0, 0), (0, 0), (0, TIME_FEATURES // 2 - SLOW))).reshape(-1, TIME_FEATURES)
+            vector += self.time(first.astype(dtype)) + self.more(slow[:, 1:].reshape(len(t), -1).astype(dtype))
         tokens = self.tokens(self.tokens_norm(text.hidden.astype(dtype)))
         for block in self.blocks:
             tokens = block(tokens, text.mask)
@@ -37,9 +57,9 @@ class Conditioning(nnx.Module):
 class MLPEmbed(nnx.Module):
     """Features -> width -> silu -> width."""
 
-    def __init__(self, din: int, width: int, rngs: nnx.Rngs):
+    def __init__(self, din: int, width: int, rngs: nnx.Rngs, *, zero: bool = False):
         self.first = Linear(din, width, rngs, axes=(None, "embed"))
-        self.second = Linear(width, width, rngs, axes=("embed", None))
+        self.second = Linear(width, width, rngs, axes=("embed", None), zero=zero)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.second(jax.nn.silu(self.first(x)))

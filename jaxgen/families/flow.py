@@ -1,11 +1,13 @@
-"""Flow matching in pixel space: a straight path from picture to noise, x_t = (1 - t) x + t noise, t in [0, 1].
+"""Flow matching: a straight path from picture to noise, x_t = (1 - t) x + t noise, t in [0, 1].
 
 The network predicts the clean picture, which gives the velocity (x_t - x̂) / max(t, 0.05); the loss is the velocity's, its
 weight bounded at small t so that every noise level has a like share of it (Lipman et al., arXiv 2210.02747; Liu et al.,
-arXiv 2209.03003; clean-picture prediction: Li and He, arXiv 2511.13720; logit-normal times: Esser et al., arXiv 2403.03206)."""
+arXiv 2209.03003; clean-picture prediction: Li and He, arXiv 2511.13720; logit-normal times: Esser et al., arXiv 2403.03206).
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+With a `codec` x is not the picture but its latent, all the rest is the same (Rombach et al., arXiv 2112.10752)."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,13 @@ import jax.numpy as jnp
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, noise, to_uint8
+from jaxgen.families.codec import Image, Pretrained, draw
 from jaxgen.families.transformer import Transformer
 from jaxgen.families.unet import UNet
 from jaxgen.nn.module import Params, bind, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
 
+POSTERIOR = 10  # the stream of a latent's draw; the lower numbers are those that `split` gives out
 MIN_TIME = 0.05  # below this the velocity is not divided by t any further
 
 
@@ -27,6 +31,7 @@ class Flow(Family):
     samplers: ClassVar = ("heun", "euler")
 
     network: UNet | Transformer = field(default_factory=UNet)
+    codec: Pretrained | None = None  # whose latents are drawn; None: the pixels themselves
     time_mean: float = 0.0  # of the logit-normal distribution of t; larger trains more on noisy pictures
     time_std: float = 1.0
     time_uniform: float = 0.1  # share of times drawn uniformly, so that both ends are seen
@@ -40,14 +45,21 @@ class Flow(Family):
             raise UserError("family.time_std, family.sample_shift and family.loss_min_time are positive numbers")
 
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
-        self.network.check_image(shapes.image)
+        shapes = self._inner(shapes)
+        try:
+            self.network.check_image(shapes.image)
+        except UserError as error:
+            if self.codec is None:
+                raise
+            h, w, _ = shapes.image
+            raise UserError(f"family.network in latents of {h} x {w}, which it sees as the picture: {error}") from None
         return {"generator": init_params(self._build(shapes), key)}
 
     def logical_axes(self, shapes: Shapes) -> Params:
-        return {"generator": logical_axes(self._build(shapes))}
+        return {"generator": logical_axes(self._build(self._inner(shapes)))}
 
     def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
-        image, text = batch["image"], batch["text"]
+        image, text = self.clean(frozen, batch, key), batch["text"]
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         t = self.draw_times(time_key, image.shape[0])
         at = t[:, None, None, None]
@@ -56,6 +68,20 @@ class Flow(Family):
         error = jnp.mean(jnp.square(clean - image), axis=(1, 2, 3))
         weight = 1.0 / jnp.square(jnp.maximum(t, self.loss_min_time))
         return {"generator": (jnp.mean(error * weight), {"clean_mse": jnp.mean(error)})}
+
+    def clean(self, frozen: Params, batch: dict[str, Any], key: jax.Array) -> jax.Array:
+        """What the network learns to draw, float32 [B, h, w, c]: the batch's pictures or a draw of their latents."""
+        if self.codec is None:
+            return batch["image"]
+        kept = batch if "latent" in batch else self.precompute(frozen, batch["image"])
+        return draw(kept["latent"], kept.get("deviation"), jax.random.fold_in(key, POSTERIOR))
+
+    def precompute(self, frozen: Params, image: jax.Array) -> dict[str, jax.Array]:
+        """{"latent": its posterior's mean, "deviation": that one's, if any} float32 [B, h, w, c]; see Family.precompute."""
+        if self.codec is None:
+            return {}
+        mean, deviation = self.codec.posterior(frozen["codec"], image)
+        return {"latent": mean} if deviation is None else {"latent": mean, "deviation": deviation}
 
     def draw_times(self, key: jax.Array, count: int) -> jax.Array:
         """float32 [count] in (0, 1): logit-normal, a share of them uniform."""
@@ -75,9 +101,9 @@ class Flow(Family):
     ) -> jax.Array:
         """uint8 [B, H, W, C]; see Family.sample."""
         step = self._stepper(params, text, null_text, settings)
-        begin = noise(key, settings.image)
+        begin = noise(key, self._latent(settings.image))
         x, _ = jax.lax.fori_loop(0, settings.num_steps, lambda i, state: step(i, state[0]), (begin, begin))
-        return to_uint8(x)
+        return self._picture(frozen, x)
 
     def trace(
         self,
@@ -91,15 +117,15 @@ class Flow(Family):
     ) -> jax.Array:
         """uint8 [frames, B, H, W, C]: what the network takes the clean picture for, ever later; see Family.trace."""
         step = self._stepper(params, text, null_text, settings)
-        begin = noise(key, settings.image)
+        begin = noise(key, self._latent(settings.image))
         bounds = jnp.round(jnp.linspace(0, settings.num_steps, frames + 1)).astype(jnp.int32)
 
         def frame(state: tuple[jax.Array, jax.Array], k: jax.Array):
             state = jax.lax.fori_loop(bounds[k], bounds[k + 1], lambda i, state: step(i, state[0]), state)
-            return state, to_uint8(state[1])
+            return state, self._picture(frozen, state[1])
 
         (x, _), seen = jax.lax.scan(frame, (begin, begin), jnp.arange(frames))
-        return seen.at[-1].set(to_uint8(x))
+        return seen.at[-1].set(self._picture(frozen, x))
 
     def _stepper(self, params: Params, text: TextFeatures, null_text: TextFeatures, settings: SampleSettings) -> Any:
         """step(i, x) -> (x after the i-th of num_steps steps, the clean picture as it was seen from before it)."""
@@ -138,7 +164,31 @@ class Flow(Family):
         return step
 
     def flops(self, shapes: Shapes, tokens: int) -> float:
-        return self.network.flops(shapes, tokens)
+        """Of the network alone: a codec's own work is not counted."""
+        return self.network.flops(self._inner(shapes), tokens)
+
+    def resolve(self) -> Self:
+        return self if self.codec is None else replace(self, codec=self.codec.resolve())
+
+    def init_frozen(self, shapes: Shapes) -> Params:
+        return {} if self.codec is None else {"codec": self.codec.init(jax.random.key(0), shapes.image)}
+
+    def load_frozen(self) -> Params:
+        return {} if self.codec is None else {"codec": self.codec.load()}
+
+    def _latent(self, image: Image) -> Image:
+        """The shape of what the network sees of pictures of this shape. Raises UserError where it does not fit."""
+        if self.codec is None:
+            return image
+        self.codec.check_image(image)
+        return self.codec.latent_shape(image)
+
+    def _inner(self, shapes: Shapes) -> Shapes:
+        return shapes._replace(image=self._latent(shapes.image))
+
+    def _picture(self, frozen: Params, x: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, C] of what the network draws; only pixels are clipped."""
+        return to_uint8(x if self.codec is None else self.codec.decode(frozen["codec"], x))
 
     def _build(self, shapes: Shapes):
         return lambda rngs: self.network.build(rngs, shapes, shapes.image[2])

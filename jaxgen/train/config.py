@@ -72,14 +72,20 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Metrics on `validation` while training: eval/loss for every set, eval/exact and its parts for scenes.
+    """Metrics on `validation` while training: eval/loss for every set, eval/exact and its parts for scenes, eval/diversity
+    where `diversity` asks for it: how far apart four pictures of one prompt lie.
 
     The checkpoint with the best `metric` is kept; `patience` evaluations without a new best end the run (0: never)."""
 
     every: int = 0  # steps; 0 is never
     count: int = 256  # examples
+    diversity: int = 0  # prompts; 0 is never
     metric: str = "eval/loss"
     patience: int = 0
+
+    def validate(self) -> None:
+        if self.diversity < 0:
+            raise UserError(f"eval.diversity={self.diversity} is a number of prompts: 0 for none")
 
     def score(self, metrics: dict[str, float]) -> float:
         """The metric so that more is better."""

@@ -132,10 +132,8 @@ def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     """What the screen shows: step, loss, speed, time left."""
     left = (steps - step) * values["step_ms"] / 1000
     speed = f"MFU {values['mfu']:.1%}" if "mfu" in values else f"{values['gflops']:.0f} GFLOP/s"
-    return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  {values['images_per_sec']:.0f} images/s  {speed}  "
-        f"{duration(left)} left"
-    )
+    unit, rate = next((name.removesuffix("_per_sec"), value) for name, value in values.items() if name.endswith("_per_sec"))
+    return f"step {step}/{steps}  loss {values['loss']:.4f}  {rate:.0f} {unit}/s  {speed}  {duration(left)} left"
 
 
 def duration(seconds: float) -> str:

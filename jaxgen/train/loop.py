@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,14 +16,15 @@ import numpy as np
 
 from jaxgen import config as configs
 from jaxgen.data.pipeline import Source, batches, load_source, to_device
+from jaxgen.data.precompute import precompute
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
-from jaxgen.model import read_weights
+from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
-from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
-from jaxgen.text import TextEncoder, load_text_encoder
+from jaxgen.text import TextEncoder
 from jaxgen.text.adapt import keep_frozen, text_of, with_text
 from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
@@ -32,7 +33,7 @@ from jaxgen.train.evaluation import draw, evaluate, keep_best
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
 from jaxgen.train.optimizers import make_optimizer
 from jaxgen.train.state import TrainState, create, shardings
-from jaxgen.train.step import make_step
+from jaxgen.train.step import Step, make_step, to_float
 
 # What may differ between the command that began a run and the one that goes on: none of it changes a step's numbers.
 MAY_CHANGE = (
@@ -47,6 +48,7 @@ MAY_CHANGE = (
     "data.threads",
     "data.keep_in_memory",
     "data.max_bad",
+    "family.codec.source",  # moved; that it is the same one is seen by its fingerprint
 )
 
 
@@ -62,16 +64,21 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     claim(workdir, config)
 
     # Input
-    encoder = load_text_encoder(config.text.source, max_length=config.text.max_length, mesh=mesh)
+    encoder = config.text.load(mesh)
     source = load_source(config.data)
     in_step = config.text.in_step if config.text.in_step is not None else jax.default_backend() != "cpu"
-    in_step = in_step or config.text.adapted
+    if config.text.adapted and not family.draws:
+        raise UserError("text.adapt trains the text encoder, and this family reads no text: leave it out")
+    in_step = in_step or config.text.adapted or not family.draws  # captions that nobody reads cost nothing there
+    reworded = source.rewritings.key if source.rewritings is not None else ""
     held_out = load_source(config.data, "validation") if config.eval.every else None
     table = None
     if not in_step:
         captions = [caption for split in (source, held_out) if split is not None for caption in split.captions()]
         table = encode_captions(encoder, captions, as_path(config.data.dir) / "captions" / config.data.name.replace("/", "_"))
     ready = featurize(encoder, table, source)
+    frozen = family.load_frozen()
+    marks = fingerprints(config, frozen)
 
     # State
     shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
@@ -93,24 +100,27 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         state, meta = restored
         if meta["text_fingerprint"] != encoder.fingerprint:
             raise UserError(f"{workdir} was begun with other text encoder files: restore those or choose another --workdir")
+        check_frozen(config, frozen, meta, str(workdir))
+        if meta.get("rewritten", "") != reworded:
+            raise UserError(f"{workdir} was begun with captions that another language model rewrote (data.rewrite): restore it")
         control |= meta["control"]
     else:
         state = jax.jit(make, out_shardings=where)(encoder.params)
         if config.train.init_from is not None:
             state = take_weights(state, config.train.init_from, config.train.init_skip, where)
     keep_frozen(encoder, text_of(state.params))
-    frozen = jax.device_put(family.load_frozen(), replicated(mesh)) | ({"text": encoder.params} if in_step else {})
+    frozen = jax.device_put(frozen, replicated(mesh)) | ({"text": encoder.params} if in_step else {})
     if jax.process_index() == 0:
         write_json(workdir / "config.json", configs.to_dict(config))
-    step = first = int(state.step)
+    step = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tell(f"{count / 1e6:.2f} million parameters, {len(source)} pictures, from step {step} to {config.train.steps}")
-    if step >= config.train.steps or control["stopped"]:
-        tell(f"{workdir} is finished (step {step}); raise train.steps or choose another --workdir")
+    if is_finished(config, workdir, step, control):
         checkpoints.close()
         return
 
     # Step
+    source.made = precomputed(config, source, frozen)
     raw = batches(
         source,
         seed=config.seed,
@@ -122,7 +132,6 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         threads=config.data.threads,
     )
     feed = to_device(raw, batch_sharding(mesh), ready)
-    batch = next(feed)
     step_fn = make_step(
         family,
         optimizers,
@@ -133,8 +142,67 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         encode=encoder.apply if in_step else None,
         adapt=adapt,
     )
+    use = f"draw with: python sample.py --workdir={workdir} --prompt=..."
+    if not family.draws:
+        use = f"draw in its latents with: --config.family.codec=pretrained --config.family.codec.source={workdir}"
+    wanted = bool(config.sample.prompts) or not family.draws
+    shown = held_out or source
+    fit(
+        config,
+        workdir,
+        step_fn,
+        state,
+        frozen,
+        feed,
+        where=where,
+        checkpoints=checkpoints,
+        control=control,
+        marks={"text_fingerprint": encoder.fingerprint, "frozen_fingerprint": marks, "rewritten": reworded},
+        flops=lambda batch: family.train_flops(shapes, tokens_of(batch)),
+        evaluate=lambda state: evaluate(config, state, frozen, encoder, held_out, ready, mesh),
+        draw=(lambda state, step, log: draw(config, state, frozen, encoder, mesh, step, workdir, log, shown))
+        if wanted
+        else None,
+        use=use,
+        began=began,
+        profile=profile,
+    )
+
+
+def fit(
+    config: Any,
+    workdir: Path,
+    step_fn: Step,
+    state: TrainState,
+    frozen: Params,
+    feed: Iterator[Any],
+    *,
+    where: Any,
+    checkpoints: Checkpoints,
+    control: dict[str, Any],
+    marks: dict[str, Any],
+    flops: Callable[[Any], float],
+    evaluate: Callable[[TrainState], dict[str, float]],
+    draw: Callable[[TrainState, int, Log], None] | None,
+    use: str,
+    began: float,
+    unit: str = "images",
+    profile: bool = False,
+) -> TrainState:
+    """The loop of a run from a state laid out as `where`, whose arrays it takes over, on batches of `feed`: the last state.
+
+    config: has the sections train, sample, eval and mesh. marks: of what the state belongs to, kept with each checkpoint.
+    flops: of one example of a batch in a step. draw: what is looked at every sample.every steps. use: what a finished run is
+    for. unit: what an example is called. began: when the run did, by time.monotonic."""
+    mesh = jax.tree.leaves(where)[0].mesh
+    step = first = int(state.step)
+    batch = next(feed)
     compiling = time.monotonic()
-    compiled = jax.jit(step_fn, donate_argnums=0, out_shardings=(where, replicated(mesh))).lower(state, frozen, batch).compile()
+    compiled = (
+        jax.jit(on_mesh(mesh, step_fn), donate_argnums=0, out_shardings=(where, replicated(mesh)))
+        .lower(state, frozen, batch)
+        .compile()
+    )
     compile_s = time.monotonic() - compiling
     memory: Any = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -143,7 +211,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     # Loop
     log = Log(workdir, step, configs.to_dict(config))
     log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began})
-    flops = family.train_flops(shapes, tokens_of(batch)) * config.train.batch_size
+    flops_step = flops(batch) * config.train.batch_size
     interrupted = catch_signals()
     hush_writers()
     trace = Trace(workdir, first + 10) if profile else None
@@ -155,7 +223,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     def save(metrics: dict[str, float] | None = None) -> None:
         control["seconds"] = before + time.monotonic() - started
         log.flush()
-        meta = {"control": control, "text_fingerprint": encoder.fingerprint, "config": configs.to_dict(config)}
+        meta = {"control": control, **marks, "config": configs.to_dict(config)}
         checkpoints.wait()
         _ = checkpoints.failed  # an earlier failure has been told: whether the run ends well, its last checkpoint decides
         checkpoints.save(state, meta, metrics)
@@ -188,8 +256,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
             stop_if_failed(values)
             now = time.monotonic()
             ms = (now - since) * 1000 / (step - since_step)
-            rate = flops / ms * 1000
-            values |= {"step_ms": ms, "images_per_sec": config.train.batch_size * 1000 / ms, "gflops": rate / 1e9}
+            rate = flops_step / ms * 1000
+            values |= {"step_ms": ms, f"{unit}_per_sec": config.train.batch_size * 1000 / ms, "gflops": rate / 1e9}
             peak = peak_flops()
             if peak is not None:
                 values["mfu"] = rate / (peak * jax.device_count())
@@ -200,13 +268,13 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         scores = None
         if config.eval.every and (step % config.eval.every == 0 or last) and not stopping:
             stop_if_failed(metrics)
-            scores = evaluate(config, state, frozen, encoder, held_out, ready, mesh)
+            scores = evaluate(state)
             log.write(step, scores)
             tell(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
             keep_best(control, config, scores)
-        if config.sample.prompts and (step % config.sample.every == 0 or last) and not stopping:
+        if draw is not None and (step % config.sample.every == 0 or last) and not stopping:
             stop_if_failed(metrics)
-            draw(config, state, frozen, encoder, mesh, step, workdir, log)
+            draw(state, step, log)
         if step % config.train.checkpoint_every == 0 or last or stopping or scores is not None:
             stop_if_failed(metrics)
             save(scores)
@@ -226,7 +294,28 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         tell(f"stopped at step {step} and saved; the same command goes on from here")
     else:
         why = f": {config.eval.metric} has not improved for {config.eval.patience} evaluations" if control["stopped"] else ""
-        tell(f"finished at step {step} after {spent}{why}; draw with: python sample.py --workdir={workdir} --prompt=...")
+        tell(f"finished at step {step} after {spent}{why}; {use}")
+    return state
+
+
+def is_finished(config: Any, workdir: Path, step: int, control: dict[str, Any]) -> bool:
+    """Whether a run has nothing left to do, which is told."""
+    done = step >= config.train.steps or control["stopped"]
+    if done:
+        tell(f"{workdir} is finished (step {step}); raise train.steps or choose another --workdir")
+    return done
+
+
+def precomputed(config: RunConfig, source: Source, frozen: Params) -> dict[str, np.ndarray] | None:
+    """What the family makes of the pictures, from files beside the set; None where it sees them, or makes it in the step."""
+    wanted, codec = config.data.precompute, getattr(config.family, "codec", None)
+    if wanted is None:
+        wanted = jax.default_backend() == "cpu" and not source.crop
+    if codec is None or not wanted:
+        return None
+    make = lambda frozen, image: config.family.precompute(frozen, to_float(image))  # noqa: E731
+    key = {"codec": configs.to_dict(codec) | {"source": ""}, "weights": fingerprints(config, frozen)}
+    return precompute(config.data, source, make, frozen, key)
 
 
 def tell(line: str) -> None:
@@ -234,7 +323,7 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
-def claim(workdir: Path, config: RunConfig) -> None:
+def claim(workdir: Path, config: Any) -> None:
     """Makes the directory; raises UserError where it cannot be written or holds another run's checkpoints."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -245,7 +334,8 @@ def claim(workdir: Path, config: RunConfig) -> None:
     previous = read_config(workdir)
     if previous is None or not Checkpoints(workdir, keep=None).steps():
         return  # new, or it came to nothing
-    previous = configs.to_dict(configs.from_dict(RunConfig, previous, f"{workdir}/config.json"))  # what is newer: its default
+    # What is newer has its default.
+    previous = configs.to_dict(configs.from_dict(type(config), previous, f"{workdir}/config.json"))
     longer = config.optimizer.schedule == "constant" and not config.text.adapt.scheduled
     changed = [
         f"{name} ({old} there, {new} here)"
@@ -262,10 +352,15 @@ def claim(workdir: Path, config: RunConfig) -> None:
 def featurize(encoder: TextEncoder, table: CaptionTable | None, source: Source) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """batch -> what travels to the device: features from the table, or token ids of one fixed length."""
     if table is not None:
-        return lambda batch: {"image": batch["image"], "text": table.lookup(batch["caption"])}
+        return lambda batch: {**seen(batch), "text": table.lookup(batch["caption"])}
     some = [caption for caption, _ in zip(source.captions(), range(20_000), strict=False)]
-    length = encoder.tokenize(some)["input_ids"].shape[1]
-    return lambda batch: {"image": batch["image"], **encoder.tokenize(batch["caption"], length=length)}
+    length = encoder.bucket(int(encoder.count(some).max(initial=1)))
+    return lambda batch: {**seen(batch), **encoder.tokenize(batch["caption"], length=length)}
+
+
+def seen(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch without its captions."""
+    return {name: value for name, value in batch.items() if name != "caption"}
 
 
 def tokens_of(batch: dict[str, Any]) -> int:
@@ -274,7 +369,10 @@ def tokens_of(batch: dict[str, Any]) -> int:
 
 def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: Any) -> TrainState:
     """The state with another run's EMA weights; lists what was taken, what is new here and what was left there."""
-    theirs = read_weights(origin)
+    try:
+        theirs = read_weights(origin)
+    except UserError as error:
+        raise UserError(f"train.init_from={origin}: {error}") from None
     ours = dict(flatten(state.params))
     misfits = [
         f"{name} {theirs[name].shape} there, {ours[name].shape} here"

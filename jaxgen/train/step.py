@@ -30,8 +30,8 @@ def make_step(
 ) -> Step:
     """step(state, frozen, batch) -> (state, metrics), pure, to be jitted with the state donated.
 
-    batch: "image" uint8 [B, H, W, C] and either "text" (TextFeatures of B captions) or "input_ids" and
-    "attention_mask" int32 [B, T], which `encode(frozen["text"], ids, mask)` turns into features; with an
+    batch: "image" uint8 [B, H, W, C], or what the family precomputes of it, and either "text" (TextFeatures of B captions) or
+    "input_ids" and "attention_mask" int32 [B, T], which `encode(frozen["text"], ids, mask)` turns into features; with an
     adaptation that trains anything, inside the loss, so that the gradient reaches it.
     A step whose loss or gradient is not finite changes nothing, and neither does any step after it; its number stands
     in state.control["failed"]. Metrics are float32 scalars."""
@@ -66,7 +66,7 @@ def make_step(
         key = stream(seed, state.step, LOSS)
         if isinstance(adapt, Frozen):  # once for all groups and micro-batches
             batch = with_features(batch, {}, frozen, adapt, encode)
-        batches = jax.tree.map(lambda x: _split(x, accumulate), {**batch, "image": to_float(batch["image"])})
+        batches = jax.tree.map(lambda x: _split(x, accumulate), with_floats(batch))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
         params, opt_state, metrics, norms = dict(state.params), dict(state.opt_state), {}, []
         for group in family.groups:  # a later group's loss sees the groups updated before it
@@ -103,12 +103,17 @@ def to_float(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
+def with_floats(batch: Batch) -> Batch:
+    """The batch with its pictures, if it has them, as families take them."""
+    return {**batch, "image": to_float(batch["image"])} if "image" in batch else batch
+
+
 def with_features(batch: Batch, params: Params, frozen: Params, adapt: Adaptation, encode: Any) -> Batch:
-    """The batch with "text" in its token ids' place, read by the encoder as `params` have adapted it."""
-    if "text" in batch:
+    """The batch with "text" in its token ids' place, read by the encoder, if there is one, as `params` have adapted it."""
+    if "text" in batch or encode is None:
         return batch
     text = encode(adapt.merge(frozen["text"], text_of(params)), batch["input_ids"], batch["attention_mask"])
-    return {"image": batch["image"], "text": text}
+    return {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")} | {"text": text}
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

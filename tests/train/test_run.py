@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cv2 import imread
 
 import jaxgen
 from jaxgen.evaluate.pictures import read_metadata
@@ -110,6 +111,29 @@ def test_a_killed_run_goes_on_bit_for_bit(place, finished):
     process.wait()
     assert train(place, "killed").returncode == 0
     assert_same(place / "killed", finished)
+
+
+def test_a_run_of_two_groups_is_killed_goes_on_and_draws(place):
+    fields = ("family=gan", "family.network=dcgan", "family.network.width=4", "eval.every=0", "sample.prompts=")
+    more = [f"--config.{field}" for field in fields]
+    process = subprocess.Popen(command(place, "pairs", *more), env=environment(place), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = lines(place / "pairs")
+    done = train(place, "pairs", *more)
+    assert done.returncode == 0, done.stderr
+    after = lines(place / "pairs")
+    assert "from step 0 to" not in done.stdout
+    assert sorted(after) == list(range(1, 25))
+    assert {step: after[step] for step in before} == before != {}  # also of the steps made twice
+    drawn = sample(place, f"--workdir={place / 'pairs'}", "--prompt=a small red circle", "--num_images=2", "--out_dir=drawn")
+    assert drawn.returncode == 0, drawn.stderr
+    pictures = [imread(place / "drawn" / f"{i:04d}.png") for i in range(2)]
+    assert [picture.shape for picture in pictures] == [(16, 16, 3)] * 2
+    assert (pictures[0] != pictures[1]).any()
 
 
 def test_a_terminated_run_saves_and_goes_on_elsewhere(place, finished):
@@ -264,7 +288,11 @@ def test_two_processes_of_four_devices_are_one_of_eight(place, finished):
                 text=True,
             )
         )
-    told = [process.communicate(timeout=400) for process in processes]
+    try:
+        told = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], told
     assert "2 processes" in told[0][0]
     ours, theirs = lines(place / "pair"), lines(place / "alone")

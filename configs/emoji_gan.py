@@ -1,0 +1,45 @@
+"""Emoji, flat and 3D, from their names and keywords, 64 x 64 pixels, by a GAN: one pass of the network a picture.
+
+    uv run train.py --config=configs/emoji_gan.py --config.data.source=DIR
+
+DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.jsonl. Not yet measured.
+"""
+
+from jaxgen.data.config import DataConfig
+from jaxgen.families.gan import Gan
+from jaxgen.families.gan_networks import Residual
+from jaxgen.text.config import TextConfig
+from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        # Blocks of 4 x 4 pixels: as many positions as scenes have, so that a CPU can train it too.
+        family=Gan(
+            network=Residual(patch=4, seen_widths=(64, 96)),
+            r1=0.5,
+            r2=0.5,
+            augment=("colour", "translation", "cutout"),  # some 5,000 pictures
+        ),
+        data=DataConfig(name="emoji", image_size=64, skin_tones=False),
+        text=TextConfig(dropout=0.0),  # guidance, which needs the empty caption, means nothing here
+        train=TrainConfig(steps=12_000, batch_size=32, ema_decay=0.998, checkpoint_every=500),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, schedule="trapezoid", warmup_steps=100, b1=0.0, b2=0.99, weight_decay=0.0, clip_norm=10.0
+        ),
+        sample=SampleConfig(
+            prompts=(
+                "a flat emoji of red apple",
+                "a 3D emoji of red apple",
+                "a flat emoji of dog face",
+                "a 3D emoji of grinning face",
+                "a flat emoji of rocket",
+                "a 3D emoji of rocket",
+                "a flat emoji of pizza",
+                "a 3D emoji of sunflower",
+            ),
+            num_images=4,
+            every=1500,
+        ),
+        eval=EvalConfig(every=1500, diversity=32),
+    )

@@ -1,0 +1,158 @@
+"""The pure parts of benchmarks/families.py; what it measures with is tested beside its own room."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgen.data.scenes import KINDS, caption, example, render
+from jaxgen.errors import UserError
+from jaxgen.evaluate.verifier import verify
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "families.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("families_benchmark", FILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def plans(bench):
+    names = [*bench.CODECS, *bench.FAMILIES]
+    return bench.plan(names, {name: f"somewhere/{name}" for name in names}, 0.5, "sets")
+
+
+def test_networks_and_arithmetic_are_alike(bench, plans):
+    bench.check(plans)
+    first = plans["flow"]
+    assert first.steps == 5500  # half of configs/scenes.py
+    assert first.params == 2_545_612
+    for name in bench.FAMILIES:
+        assert abs(plans[name].params / first.params - 1) < bench.TOLERANCE, name
+        assert abs(plans[name].flops / first.flops - 1) < 1e-3, name
+        assert (plans[name].others > 0) == (name == "gan")
+    assert plans["tokenizer"].steps == 1500
+    assert "--config.family.codec.source=somewhere/tokenizer" in plans["autoregressive"].command
+    assert "--config.train.init_from=somewhere/flow" in plans["onestep"].command
+    assert all(f"--workdir=somewhere/{name}" in found.command for name, found in plans.items())
+    assert all("--config.data.dir=sets" in found.command for found in plans.values())
+
+
+def test_a_network_of_another_size_is_refused(bench, plans):
+    with pytest.raises(UserError, match=r"gan draws with 3,000,000 parameters, flow with 2,545,612: choose"):
+        bench.check({**plans, "gan": plans["gan"]._replace(params=3_000_000)})
+
+
+def test_what_is_finished_is_not_trained_again(bench, plans, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        (tmp_path / "gan" / "checkpoints" / str(plans["gan"].steps)).mkdir(parents=True)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    bench.train("gan", plans["gan"], tmp_path / "gan")
+    bench.train("gan", plans["gan"], tmp_path / "gan")
+    assert len(calls) == 1
+    assert calls[0][1].endswith("train.py")
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_training_that_fails_is_told_in_one_line(bench, plans, tmp_path, monkeypatch):
+    def run(command, stdout, **_):
+        stdout.write("compiled\nerror: no space left\n")
+        return type("Done", (), {"returncode": 2})
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    with pytest.raises(UserError, match=r"^vae was not trained to its end \(status 2: error: no space left\)") as error:
+        bench.train("vae", plans["vae"], tmp_path / "new" / "vae")
+    assert "\n" not in str(error.value)
+
+
+def test_a_scene_drawn_again_has_the_same_caption_at_other_places(bench):
+    rng = np.random.default_rng(0)
+    scenes = [example("test", k)[0] for k in range(24)]
+    assert {scene.kind for scene in scenes} == set(KINDS)
+    again = [bench.redraw(scene, rng) for scene in scenes]
+    assert list(map(caption, again)) == list(map(caption, scenes))
+    assert all(a.objects[0].x != b.objects[0].x for a, b in zip(again, scenes, strict=True))
+    assert verify(np.stack([render(scene) for scene in again]), scenes).exact.all()
+
+
+def test_diversity_is_a_share_of_the_data_s_own(bench):
+    rng = np.random.default_rng(1)
+    scenes = [example("test", k)[0] for k in range(40)]
+    images = np.stack([[render(bench.redraw(scene, rng)) for _ in range(3)] for scene in scenes])
+    right = np.ones((40, 3), bool)
+    assert bench.spread(images, right, scenes)["share"] == pytest.approx(1.0, abs=0.1)
+    right[20:, 1:] = False  # of these no two are right: they count neither here nor there
+    half = bench.spread(np.repeat(images[:, :1], 3, axis=1), right, scenes)
+    assert half["drawn"] == 0.0
+    assert half["share"] == 0.0
+    assert bench.spread(images, np.zeros((40, 3), bool), scenes) == {"drawn": None, "data": None, "share": None}
+
+
+class Slow:
+    """Draws grey; one picture a call takes a second, 64 take two."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def sample(self, prompts, seed=0):
+        self.now += 1.0 if len(prompts) == 1 else 2.0
+        return np.zeros((len(prompts), 32, 32, 3), np.uint8)
+
+
+def test_rates_and_shares(bench, monkeypatch):
+    model = Slow()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: model.now)
+    assert bench.rates({"a": model}, ["a red circle"] * 64) == {"a": {"1": 1.0, "64": 32.0}}
+    shares, images, exact, captions = bench.judged(model, "test", 5, 2)
+    assert images.shape == (5, 2, 32, 32, 3)
+    assert exact.shape == (5, 2)
+    assert len(captions) == 5
+    assert shares["exact"] == {"mean": 0.0, "seeds": [0.0, 0.0]}
+
+
+def test_what_a_shipped_model_says_of_its_training(bench):
+    found = bench.of_training("flow")
+    assert (found["steps"], found["batch_size"], found["flops_beside"]) == (11_000, 32, 0)
+    assert found["train_images_per_sec"] is None
+    assert found["peak_memory_bytes"] is None
+    assert 3e14 < found["flops"] < 5e14
+
+
+def test_the_table(bench):
+    training = {"steps": 7, "flops": 2e15, "flops_beside": None, "train_images_per_sec": 95.25, "peak_memory_bytes": 2**29}
+    row = {
+        "params": 2_500_000,
+        "params_beside": 0,
+        "training": training,
+        "images_per_sec": {"1": 2.0, "64": 9.0},
+        "diversity": {"share": 0.8},
+        "accuracy": {"test": {"exact": {"mean": 0.929}, "exact_single": {"mean": 1.0}}},
+    }
+    figures = ["2.500", "0.000", "2.0000", "-", "95.2", "0.50", "2.0", "9.0", "0.800"]
+    first, second = bench.table({"flow": row}).split("\n\n")
+    assert first.splitlines()[1].split() == ["flow", "7", *figures]
+    assert second.splitlines()[1].split() == ["flow", "test", "92.9", "100.0", "-", "-"]
+    assert len({*map(len, second.splitlines())}) == 1  # figures end below their heads
+
+
+def test_which_families(bench):
+    assert bench.chosen(None, {}) == list(bench.FAMILIES)
+    assert bench.chosen("vae,flow", {}) == ["flow", "vae"]
+    assert bench.chosen(None, bench.pairs("gan=runs/b,flow=runs/a")) == ["flow", "gan"]
+    with pytest.raises(UserError, match="'gam' is no family here: choose from flow, onestep"):
+        bench.chosen("gam", {})
+    with pytest.raises(UserError, match="'flow' is no FAMILY=DIRECTORY"):
+        bench.pairs("flow")
