@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--sampler")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top_p", type=float)
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--sheet", help="write the first 64 pictures with captions here (PNG)")
     args = parser.parse_args()
@@ -36,7 +38,8 @@ def main() -> None:
     from jaxgen.storage import as_path, write_json
 
     model = jaxgen.load(args.workdir or args.model)
-    settings = {"num_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler}
+    settings = {"num_steps": args.steps, "guidance_scale": args.guidance}
+    settings |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_p")}
     report = {"model": args.workdir or args.model, "step": model.step, "count": args.count, "splits": {}}
     report["settings"] = model.settings(**settings)
     columns = [*ATTRIBUTES, "exact_single", "exact_relation", "exact_count"]

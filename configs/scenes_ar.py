@@ -3,7 +3,9 @@
     uv run train.py --config=configs/scenes_tokenizer.py --workdir=runs/scenes_tokenizer
     uv run train.py --config=configs/scenes_ar.py
 
-Not yet measured.
+Two CPU cores beside other work, 23 minutes for the tokenizer and 40 for this. Drawn exactly, of 1,000 captions and three seeds
+each: `test` 93.0%, pairs of colour and shape never seen together 63.0%, held-out words in a held-out sentence 73.9%
+(python benchmarks/accuracy.py --model=ar).
 """
 
 from jaxgen.data.config import DataConfig
@@ -18,9 +20,9 @@ def get_config() -> RunConfig:
         family=Autoregressive(
             codec=Pretrained("runs/scenes_tokenizer"), network=TokenTransformer(width=96, depth=6, head_dim=32)
         ),
-        # Twice the flow's pictures: each is seen about six times, and a likelihood is learned by heart sooner.
+        # Twice the flow's pictures: each is seen but twice or thrice, as a likelihood is learned by heart sooner.
         data=DataConfig(name="scenes", train_examples=120_000, paraphrases=1),
-        train=TrainConfig(steps=12_000, batch_size=64, ema_decay=0.999, checkpoint_every=500),
+        train=TrainConfig(steps=4500, batch_size=64, ema_decay=0.999, checkpoint_every=500),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(
             prompts=(
@@ -30,9 +32,9 @@ def get_config() -> RunConfig:
                 "a large purple cross",
             ),
             num_images=4,
-            guidance_scale=1.5,
-            temperature=0.8,
-            every=2500,
+            guidance_scale=1.75,
+            temperature=0.5,
+            every=1500,
         ),
-        eval=EvalConfig(every=2500, count=256, metric="eval/exact"),
+        eval=EvalConfig(every=1500, count=256, metric="eval/exact"),
     )
