@@ -20,7 +20,7 @@ from jaxgen.families.base import Family, Losses, SampleSettings, Shapes
 from jaxgen.families.codec import Image, TokenCodec, draw
 from jaxgen.families.fsq import FSQ
 from jaxgen.nn.layers import Conv, Linear, RMSNorm, patchify, unpatchify, zeros
-from jaxgen.nn.module import Params, bind, init_params, logical_axes, param
+from jaxgen.nn.module import Params, bind, dtype_of, init_params, logical_axes, param
 from jaxgen.text.features import TextFeatures
 
 MIN_LOG, MAX_LOG = -30.0, 20.0  # of a posterior's variance
@@ -87,7 +87,7 @@ class Convolutional(TokenCodec):
         return draw(*self.posterior(params, image), key)
 
     def posterior(self, params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        found = self._bind(params, image.shape[3]).encoder(image.astype(_dtype(params))).astype(jnp.float32)
+        found = self._bind(params, image.shape[3]).encoder(image.astype(dtype_of(params))).astype(jnp.float32)
         shift, scale = self._statistics(params)
         if isinstance(self.bottleneck, FSQ):
             return (self.bottleneck.quantise(found) - shift) / scale, None
@@ -105,7 +105,7 @@ class Convolutional(TokenCodec):
         return self._fsq.vocab
 
     def tokenize(self, params: Params, image: jax.Array) -> jax.Array:
-        found = self._bind(params, image.shape[3]).encoder(image.astype(_dtype(params)))
+        found = self._bind(params, image.shape[3]).encoder(image.astype(dtype_of(params)))
         return self._fsq.tokens(self._fsq.quantise(found))
 
     def detokenize(self, params: Params, tokens: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ class Convolutional(TokenCodec):
     def autoencode(self, params: Params, image: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(reconstruction float32 [B, H, W, C] from a draw of the posterior, what the bottleneck gave: "codes", or "mean" and
         "log" of the variance, float32 [B, h, w, c] each and not scaled)."""
-        found = self._bind(params, image.shape[3]).encoder(image.astype(_dtype(params))).astype(jnp.float32)
+        found = self._bind(params, image.shape[3]).encoder(image.astype(dtype_of(params))).astype(jnp.float32)
         if isinstance(self.bottleneck, FSQ):
             codes = self.bottleneck.quantise(found)
             return self._decode(params, codes), {"codes": codes}
@@ -147,14 +147,10 @@ class Convolutional(TokenCodec):
 
     def _decode(self, params: Params, code: jax.Array) -> jax.Array:
         # Any number of channels describes the module's structure; the arrays bound to it say the true one.
-        return self._bind(params, 3).decoder(code.astype(_dtype(params))).astype(jnp.float32)
+        return self._bind(params, 3).decoder(code.astype(dtype_of(params))).astype(jnp.float32)
 
     def _bind(self, params: Params, channels: int) -> Any:
         return bind(self.build(channels), params)
-
-
-def _dtype(params: Params) -> Any:
-    return jax.tree.leaves(params)[0].dtype
 
 
 def _gaussian(found: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -345,7 +341,7 @@ class Autoencoder(Family):
 
     def _score(self, params: Params, x: jax.Array) -> jax.Array:
         network: Any = bind(self._discriminator(x.shape[3]), params)
-        return network(x.astype(_dtype(params))).astype(jnp.float32)
+        return network(x.astype(dtype_of(params))).astype(jnp.float32)
 
 
 def _fit(params: Params, mean: jax.Array, log: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, to_uint
 from jaxgen.families.codec import Image, Pretrained
 from jaxgen.families.palette import Palette
 from jaxgen.families.transformer import TokenTransformer
-from jaxgen.nn.module import Params, bind, init_params, logical_axes
+from jaxgen.nn.module import Params, bind, dtype_of, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
 from jaxgen.text.generate import choose
 
@@ -228,8 +228,8 @@ class Autoregressive(Family):
 
     def _network(self, params: Params, grid: Any, text: TextFeatures) -> tuple[Any, Any]:
         """(the network, the dtype it computes in)."""
-        inner = Shapes((*grid, 1), text.hidden.shape[-1], text.pooled.shape[-1])
-        return bind(self._build(inner), params["generator"]), jax.tree.leaves(params["generator"])[0].dtype
+        inner = Shapes.of((*grid, 1), text)
+        return bind(self._build(inner), params["generator"]), dtype_of(params["generator"])
 
     def _inner(self, shapes: Shapes) -> Shapes:
         """With rows and columns of tokens in the picture's place."""

@@ -1,5 +1,6 @@
 """What every family of generators offers; nothing outside this room asks which family it is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -17,6 +18,12 @@ class Shapes(NamedTuple):
     image: tuple[int, int, int]
     hidden: int
     pooled: int
+
+    @classmethod
+    def of(cls, image: Sequence[int], text: TextFeatures) -> Self:
+        """Those of pictures of shape `image` (H, W, C) with these features."""
+        height, width, channels = image
+        return cls((height, width, channels), text.hidden.shape[-1], text.pooled.shape[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -130,6 +137,11 @@ class Family(Protocol):
 def to_uint8(image: jax.Array) -> jax.Array:
     """float in [-1, 1], clipped -> uint8, as families give pictures."""
     return jnp.round((jnp.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def circle(frames: int) -> jax.Array:
+    """float32 [frames]: angles once round, evenly, of which 0 is the last: for a trace that ends where it began."""
+    return 2 * jnp.pi / frames * (jnp.arange(frames) + 1 - frames)
 
 
 def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

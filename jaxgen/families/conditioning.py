@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgen.nn.attention import Attention, rotary_1d
+from jaxgen.nn.attention import Attention, rotary_1d, rotary_2d
 from jaxgen.nn.layers import MLP, Linear, RMSNorm, time_features
 from jaxgen.text.features import TextFeatures
 
@@ -78,3 +78,20 @@ class TextBlock(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm1(x), mask=mask, rotary=rotary_1d(x.shape[1], self.head_dim))
         return x + self.mlp(self.norm2(x))
+
+
+def attend_map(attention: Attention, x: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """A map [B, h, w, C], each place attending to text tokens [B, T, D] where mask [B, T], and where `attention` has keys
+    of its own to all places too, which know where they are -> [B, h, w, C]."""
+    b, height, width, c = x.shape
+    flat, rotary = x.reshape(b, height * width, c), None
+    if attention.own_keys:
+        mask = jnp.concatenate([jnp.ones((b, height * width), bool), mask], axis=1)
+        rotary = rotary_2d(height, width, attention.q.shape[-1])
+    return attention(flat, context=tokens, mask=mask, rotary=rotary).reshape(x.shape)
+
+
+def attend_map_flops(places: int, width: int, text: int, tokens: int, joint: bool) -> int:
+    """Of `attend_map` for one image, text tokens being `text` wide."""
+    own = places if joint else 0  # keys of the image
+    return 2 * 2 * width * (width * (places + own) + text * tokens + places * (own + tokens))

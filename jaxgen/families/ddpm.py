@@ -5,6 +5,7 @@ the network predicts the noise, the loss is its squared error, each step weighin
 drawn over any sub-sequence of the steps, without fresh noise (DDIM with η = 0, arXiv 2010.02502) or with that of the
 sub-sequence's own posterior (the paper's ancestral sampling); guidance by arXiv 2207.12598. The network is told k / T."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +16,10 @@ import numpy as np
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, noise, to_uint8
+from jaxgen.families.steps import Step, guided, walk, watch
 from jaxgen.families.transformer import Transformer
 from jaxgen.families.unet import UNet
-from jaxgen.nn.module import Params, bind, init_params, logical_axes
+from jaxgen.nn.module import Params, bind, dtype_of, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
 
 
@@ -74,9 +76,7 @@ class DDPM(Family):
     ) -> jax.Array:
         """uint8 [B, H, W, C]; see Family.sample. More steps than T are T."""
         step, count = self._stepper(params, text, null_text, key, settings)
-        begin = noise(key, settings.image)
-        x, _ = jax.lax.fori_loop(0, count, lambda i, state: step(i, state[0]), (begin, begin))
-        return to_uint8(x)
+        return to_uint8(walk(step, count, noise(key, settings.image)))
 
     def trace(
         self,
@@ -90,41 +90,20 @@ class DDPM(Family):
     ) -> jax.Array:
         """uint8 [frames, B, H, W, C]: the clean pictures that the steps lead towards; see Family.trace."""
         step, count = self._stepper(params, text, null_text, key, settings)
-        begin = noise(key, settings.image)
-        bounds = jnp.round(jnp.linspace(0, count, frames + 1)).astype(jnp.int32)
-
-        def frame(state: tuple[jax.Array, jax.Array], j: jax.Array):
-            state = jax.lax.fori_loop(bounds[j], bounds[j + 1], lambda i, state: step(i, state[0]), state)
-            return state, to_uint8(state[1])
-
-        (x, _), seen = jax.lax.scan(frame, (begin, begin), jnp.arange(frames))
-        return seen.at[-1].set(to_uint8(x))
+        return watch(step, count, noise(key, settings.image), frames, to_uint8)
 
     def _stepper(
         self, params: Params, text: TextFeatures, null_text: TextFeatures, key: jax.Array, settings: SampleSettings
-    ) -> tuple[Any, jax.Array]:
-        """(step, how many): step(i, x) -> (x after the i-th of them, the clean picture as it was seen from before it)."""
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, null_text)
+    ) -> tuple[Step, jax.Array]:
+        """(step, how many of them)."""
+        predict = guided(functools.partial(self._predict, params), text, null_text, settings)
         count = jnp.minimum(settings.num_steps, self.num_timesteps)
-
-        def predict(x: jax.Array, k: jax.Array) -> jax.Array:
-            def plain() -> jax.Array:
-                return self._predict(params, x, jnp.full(x.shape[:1], k), text)
-
-            def guided() -> jax.Array:
-                twice = jnp.concatenate([x, x])
-                added, null = jnp.split(self._predict(params, twice, jnp.full(twice.shape[:1], k), both), 2)
-                return null + settings.guidance_scale * (added - null)
-
-            t = k / self.num_timesteps
-            inside = (t >= settings.guidance_low) & (t <= settings.guidance_high) & (settings.guidance_scale != 1.0)
-            return jax.lax.cond(inside, guided, plain)
 
         def step(i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             now, after = (jnp.round(self.num_timesteps * (1.0 - j / count)).astype(jnp.int32) for j in (i, i + 1))
             signal, sigma = self._levels(now)
             signal2, sigma2 = self._levels(after)
-            clean = (x - sigma * predict(x, now)) / signal
+            clean = (x - sigma * predict(x, now, now / self.num_timesteps)) / signal
             if self.clip:
                 clean = jnp.clip(clean, -1.0, 1.0)
             added = (x - signal * clean) / sigma
@@ -157,7 +136,5 @@ class DDPM(Family):
         self, params: Params, x: jax.Array, k: jax.Array, text: TextFeatures, key: jax.Array | None = None
     ) -> jax.Array:
         """The noise, float32 [B, H, W, C], computed in the parameters' dtype."""
-        shapes = Shapes((x.shape[1], x.shape[2], x.shape[3]), text.hidden.shape[-1], text.pooled.shape[-1])
-        dtype = jax.tree.leaves(params["generator"])[0].dtype
-        network: Any = bind(self._build(shapes), params["generator"])
-        return network(x.astype(dtype), k / self.num_timesteps, text, key).astype(jnp.float32)
+        network: Any = bind(self._build(Shapes.of(x.shape[1:], text)), params["generator"])
+        return network(x.astype(dtype_of(params["generator"])), k / self.num_timesteps, text, key).astype(jnp.float32)

@@ -6,6 +6,7 @@ arXiv 2209.03003; clean-picture prediction: Li and He, arXiv 2511.13720; logit-n
 
 With a `codec` x is not the picture but its latent, all the rest is the same (Rombach et al., arXiv 2112.10752)."""
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -16,9 +17,10 @@ from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, noise, to_uint8
 from jaxgen.families.codec import Image, Pretrained, draw
+from jaxgen.families.steps import Step, guided, walk, watch
 from jaxgen.families.transformer import Transformer
 from jaxgen.families.unet import UNet
-from jaxgen.nn.module import Params, bind, init_params, logical_axes
+from jaxgen.nn.module import Params, bind, dtype_of, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
 
 POSTERIOR = 10  # the stream of a latent's draw; the lower numbers are those that `split` gives out
@@ -101,9 +103,7 @@ class Flow(Family):
     ) -> jax.Array:
         """uint8 [B, H, W, C]; see Family.sample."""
         step = self._stepper(params, text, null_text, settings)
-        begin = noise(key, self._latent(settings.image))
-        x, _ = jax.lax.fori_loop(0, settings.num_steps, lambda i, state: step(i, state[0]), (begin, begin))
-        return self._picture(frozen, x)
+        return self._picture(frozen, walk(step, settings.num_steps, noise(key, self._latent(settings.image))))
 
     def trace(
         self,
@@ -118,50 +118,32 @@ class Flow(Family):
         """uint8 [frames, B, H, W, C]: what the network takes the clean picture for, ever later; see Family.trace."""
         step = self._stepper(params, text, null_text, settings)
         begin = noise(key, self._latent(settings.image))
-        bounds = jnp.round(jnp.linspace(0, settings.num_steps, frames + 1)).astype(jnp.int32)
+        return watch(step, settings.num_steps, begin, frames, lambda x: self._picture(frozen, x))
 
-        def frame(state: tuple[jax.Array, jax.Array], k: jax.Array):
-            state = jax.lax.fori_loop(bounds[k], bounds[k + 1], lambda i, state: step(i, state[0]), state)
-            return state, self._picture(frozen, state[1])
-
-        (x, _), seen = jax.lax.scan(frame, (begin, begin), jnp.arange(frames))
-        return seen.at[-1].set(self._picture(frozen, x))
-
-    def _stepper(self, params: Params, text: TextFeatures, null_text: TextFeatures, settings: SampleSettings) -> Any:
-        """step(i, x) -> (x after the i-th of num_steps steps, the clean picture as it was seen from before it)."""
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text, null_text)
-
-        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-            def plain() -> jax.Array:
-                return self._predict(params, x, jnp.full(x.shape[:1], t), text)
-
-            def guided() -> jax.Array:
-                twice = jnp.concatenate([x, x])
-                clean, null = jnp.split(self._predict(params, twice, jnp.full(twice.shape[:1], t), both), 2)
-                return null + settings.guidance_scale * (clean - null)
-
-            inside = (t >= settings.guidance_low) & (t <= settings.guidance_high) & (settings.guidance_scale != 1.0)
-            return jax.lax.cond(inside, guided, plain)
+    def _stepper(self, params: Params, text: TextFeatures, null_text: TextFeatures, settings: SampleSettings) -> Step:
+        """Of num_steps steps."""
+        predict = guided(functools.partial(self._predict, params), text, null_text, settings)
 
         def velocity(x: jax.Array, t: jax.Array, clean: jax.Array) -> jax.Array:
             return (x - clean) / jnp.maximum(t, MIN_TIME)
 
-        def time(i: jax.Array) -> jax.Array:
-            t = 1.0 - i / settings.num_steps
-            return self.sample_shift * t / (1.0 + (self.sample_shift - 1.0) * t)
-
         def step(i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            t, after = time(i), time(i + 1)
-            clean = predict(x, t)
+            t, after = (self._time(j, settings) for j in (i, i + 1))
+            clean = predict(x, t, t)
             v = velocity(x, t, clean)
             ahead = x + (after - t) * v
             if settings.sampler == "euler":
                 return ahead, clean
             # Heun's corrector; the last step ends on the clean prediction itself and has nothing to correct.
-            corrected = lambda: x + (after - t) * 0.5 * (v + velocity(ahead, after, predict(ahead, after)))  # noqa: E731
+            corrected = lambda: x + (after - t) * 0.5 * (v + velocity(ahead, after, predict(ahead, after, after)))  # noqa: E731
             return jax.lax.cond(after > 0, corrected, lambda: ahead), clean
 
         return step
+
+    def _time(self, i: jax.Array, settings: SampleSettings) -> jax.Array:
+        """t before the i-th of num_steps steps."""
+        t = 1.0 - i / settings.num_steps
+        return self.sample_shift * t / (1.0 + (self.sample_shift - 1.0) * t)
 
     def flops(self, shapes: Shapes, tokens: int) -> float:
         """Of the network alone: a codec's own work is not counted."""
@@ -197,7 +179,5 @@ class Flow(Family):
         self, params: Params, x: jax.Array, t: jax.Array, text: TextFeatures, key: jax.Array | None = None
     ) -> jax.Array:
         """The clean picture, float32 [B, H, W, C], computed in the parameters' dtype."""
-        shapes = Shapes((x.shape[1], x.shape[2], x.shape[3]), text.hidden.shape[-1], text.pooled.shape[-1])
-        dtype = jax.tree.leaves(params["generator"])[0].dtype
-        network: Any = bind(self._build(shapes), params["generator"])
-        return network(x.astype(dtype), t, text, key).astype(jnp.float32)
+        network: Any = bind(self._build(Shapes.of(x.shape[1:], text)), params["generator"])
+        return network(x.astype(dtype_of(params["generator"])), t, text, key).astype(jnp.float32)

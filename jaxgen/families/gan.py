@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.augment import Augmentation, augment
-from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, noise, to_uint8
+from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, circle, noise, to_uint8
 from jaxgen.families.gan_networks import DCGAN, Residual
-from jaxgen.nn.module import Params, bind, init_params, logical_axes
+from jaxgen.nn.module import Params, bind, dtype_of, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
 
 TRIES = 8  # other rows of the batch that are looked at for a caption which says something else
@@ -64,7 +64,7 @@ class Gan(Family):
         noise_key, *keys = jax.random.split(key, 3)
         latent = jax.random.normal(noise_key, (len(image), self.network.noise))
         drawn = self._generate(params, latent, text, image.shape[1:])
-        discriminator: Any = bind(self._build("discriminator", _shapes(image.shape[1:], text)), params["discriminator"])
+        discriminator: Any = bind(self._build("discriminator", Shapes.of(image.shape[1:], text)), params["discriminator"])
         # Where the text encoder learns with the generator, it is not to learn what misleads the discriminator.
         text = jax.lax.stop_gradient(text)
         return {
@@ -168,7 +168,7 @@ class Gan(Family):
             latent = settings.temperature * (jnp.cos(angle) * own + jnp.sin(angle) * other)
             return to_uint8(self._generate(params, latent, text, settings.image))
 
-        return jax.lax.map(frame, 2 * math.pi / frames * (jnp.arange(frames) + 1 - frames))
+        return jax.lax.map(frame, circle(frames))
 
     def flops(self, shapes: Shapes, tokens: int) -> float:
         return self.network.flops(shapes, tokens).draw
@@ -189,9 +189,8 @@ class Gan(Family):
 
     def _generate(self, params: Params, latent: jax.Array, text: TextFeatures, image: tuple[int, ...]) -> jax.Array:
         """float32 [B, H, W, C] from latents [B, noise], computed in the parameters' dtype."""
-        dtype = jax.tree.leaves(params["generator"])[0].dtype
-        network: Any = bind(self._build("generator", _shapes(image, text)), params["generator"])
-        return network(latent.astype(dtype), text).astype(jnp.float32)
+        network: Any = bind(self._build("generator", Shapes.of(image, text)), params["generator"])
+        return network(latent.astype(dtype_of(params["generator"])), text).astype(jnp.float32)
 
 
 def other_captions(text: TextFeatures, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -210,7 +209,3 @@ def other_captions(text: TextFeatures, key: jax.Array) -> tuple[jax.Array, jax.A
 def _interleave(*arrays: jax.Array) -> jax.Array:
     """Arrays [B, ...] -> [B * len(arrays), ...], example by example, so that on a mesh each stays where it is."""
     return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-
-
-def _shapes(image: tuple[int, ...], text: TextFeatures) -> Shapes:
-    return Shapes((image[0], image[1], image[2]), text.hidden.shape[-1], text.pooled.shape[-1])

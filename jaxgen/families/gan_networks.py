@@ -22,7 +22,7 @@ from flax import nnx
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
-from jaxgen.families.conditioning import Conditioning, MLPEmbed
+from jaxgen.families.conditioning import Conditioning, MLPEmbed, attend_map, attend_map_flops
 from jaxgen.nn.attention import Attention, rotary_2d
 from jaxgen.nn.layers import MLP, Conv, Linear, RMSNorm, modulate, patchify, unpatchify
 from jaxgen.nn.module import param
@@ -112,8 +112,7 @@ class Residual:
         for count, width, blocks, attends in zip(cells, self.widths, self.blocks, self.attention, strict=False):
             block = 2 * 2 * 9 * width**2 * count + 2 * text * 4 * width
             if attends != "none":
-                own = count if attends == "joint" else 0  # keys of the image
-                block += 2 * 2 * width * (width * (count + own) + text * tokens + count * (own + tokens))
+                block += attend_map_flops(count, width, text, tokens, attends == "joint")
             draw += blocks * block
         draw += sum(2 * 4 * a * b * n for a, b, n in zip(self.widths, self.widths[1:], cells[1:], strict=False))
         look = 2 * 9 * pixel * self.seen_widths[0] * area
@@ -172,7 +171,7 @@ class _Styled(nnx.Module):
         self.norm1, self.norm2 = RMSNorm(width, rngs), RMSNorm(width, rngs)
         self.conv1, self.conv2 = Conv(width, width, rngs), Conv(width, width, rngs, zero=True)
         self.modulation = Linear(text, 4 * width, rngs, axes=("embed", None), zero=True)
-        self.attends, self.head_dim = attends, head_dim
+        self.attends = attends
         if attends != "none":
             self.attention_norm = RMSNorm(width, rngs)
             self.attention = Attention(width, head_dim, rngs, context_dim=text, own_keys=attends == "joint")
@@ -183,13 +182,7 @@ class _Styled(nnx.Module):
         x = x + self.conv2(jax.nn.silu(modulate(self.norm2(h), scale2, shift2)))
         if self.attends == "none":
             return x
-        b, height, width, c = x.shape
-        flat = self.attention_norm(x).reshape(b, height * width, c)
-        if self.attends == "text":
-            return x + self.attention(flat, context=tokens, mask=mask).reshape(x.shape)
-        keys = jnp.concatenate([jnp.ones((b, height * width), bool), mask], axis=1)
-        rotary = rotary_2d(height, width, self.head_dim)
-        return x + self.attention(flat, context=tokens, mask=keys, rotary=rotary).reshape(x.shape)
+        return x + attend_map(self.attention, self.attention_norm(x), tokens, mask)
 
 
 class _Discriminator(nnx.Module):
@@ -237,10 +230,7 @@ class _Discriminator(nnx.Module):
         count, places = tokens.shape[1], seen.shape[1]
         stream = jnp.concatenate([tokens, seen + self.positions[...].astype(seen.dtype)], axis=1)
         keys = jnp.concatenate([mask, jnp.ones((len(seen), places), bool)], axis=1)
-        # Text tokens do not turn: their refiner has told them their order.
-        cos, sin = rotary_2d(*self.places, self.config.head_dim)
-        still = ((count, 0), (0, 0))
-        rotary = jnp.pad(cos, still, constant_values=1.0), jnp.pad(sin, still)
+        rotary = rotary_2d(*self.places, self.config.head_dim, still=count)
         for block in self.blocks:
             stream = block(stream, keys, rotary)
         stream = self.norm(stream)

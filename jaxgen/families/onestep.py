@@ -33,8 +33,9 @@ from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses, SampleSettings, Shapes
 from jaxgen.families.flow import MIN_TIME, Flow
+from jaxgen.families.steps import Step
 from jaxgen.nn.attention import plain_attention
-from jaxgen.nn.module import Params
+from jaxgen.nn.module import Params, dtype_of
 from jaxgen.text.features import TextFeatures
 
 
@@ -108,7 +109,7 @@ class OneStep(Flow):
         guided = self.guidance != (1.0, 1.0)
         w = _wide(scale, image)
         if self.teacher_flow is not None:
-            dtype = jax.tree.leaves(params["generator"])[0].dtype
+            dtype = dtype_of(params["generator"])
             weights = jax.tree.map(lambda p: p.astype(dtype), frozen["teacher"])
             clean = self.teacher_flow._predict(weights, x_t, t, text)
             if guided:
@@ -130,13 +131,12 @@ class OneStep(Flow):
         whole = choice >= 1.0 - self.whole_share
         return jnp.where(choice < self.equal_share, 0.0, jnp.where(whole, 1.0, uniform))
 
-    def _stepper(self, params: Params, text: TextFeatures, null_text: TextFeatures, settings: SampleSettings) -> Any:
-        """step(i, x) -> (x after the i-th of num_steps steps, x̂ as it was seen from before it); one network pass each."""
+    def _stepper(self, params: Params, text: TextFeatures, null_text: TextFeatures, settings: SampleSettings) -> Step:
+        """Of num_steps steps; one network pass each."""
         scale = jnp.clip(settings.guidance_scale, *self.guidance)
 
         def step(i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            t, after = 1.0 - i / settings.num_steps, 1.0 - (i + 1) / settings.num_steps
-            t, after = (self.sample_shift * a / (1.0 + (self.sample_shift - 1.0) * a) for a in (t, after))
+            t, after = (self._time(j, settings) for j in (i, i + 1))
             s = 1.0 - after / t
             times = [jnp.full(x.shape[:1], a) for a in (t, s, scale)]
             clean = self._predict(params, x, _times(*times), text)

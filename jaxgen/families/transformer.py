@@ -96,7 +96,7 @@ class _Stream(nnx.Module):
     ) -> jax.Array:
         """Text tokens [B, T, D] and x [B, N, D], a position of the grid each, seen as `mask` says -> x's outputs [B, N, O]."""
         c = self.config
-        rotary = _rotary(tokens.shape[1], grid, c.head_dim)
+        rotary = rotary_2d(*grid, c.head_dim, still=tokens.shape[1])
         keys = jax.random.split(key, c.depth) if key is not None else [None] * c.depth
 
         def apply(block, stream, key):
@@ -177,7 +177,7 @@ class _TokenTransformer(_Stream):
         seen = jnp.arange(self.grid[0] * self.grid[1]) <= last
         mask = jnp.concatenate([begun.mask, jnp.broadcast_to(seen, (len(x), *seen.shape))], axis=1)
         cut = lambda table: jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])  # noqa: E731
-        rotary, after = tuple(map(cut, _rotary(begun.mask.shape[1], self.grid, self.config.head_dim))), []
+        rotary, after = tuple(map(cut, rotary_2d(*self.grid, self.config.head_dim, still=begun.mask.shape[1]))), []
         for block, modulation, own in zip(self.blocks, begun.modulations, cache, strict=True):
             x, own = block(x, modulation, mask, rotary, cache=own, start=start)
             after.append(own)
@@ -223,10 +223,3 @@ class _Block(nnx.Module):
             attended, cache = self.attention.cached(normed, cache, start, mask=mask, rotary=rotary)
         x = x + dropout(attended, self.dropout, first)
         return x + self.mlp(modulate(self.norm2(x), scale2, shift2), second), cache
-
-
-def _rotary(text: int, grid: tuple[int, int], head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Tables of [text tokens; grid]. Text tokens do not turn: their order is already in the language model's features."""
-    cos, sin = rotary_2d(*grid, head_dim)
-    still = ((text, 0), (0, 0))
-    return jnp.pad(cos, still, constant_values=1.0), jnp.pad(sin, still)

@@ -13,8 +13,8 @@ from flax import nnx
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
-from jaxgen.families.conditioning import Conditioning
-from jaxgen.nn.attention import Attention, rotary_2d
+from jaxgen.families.conditioning import Conditioning, attend_map, attend_map_flops
+from jaxgen.nn.attention import Attention
 from jaxgen.nn.layers import Conv, Linear, RMSNorm, dropout, modulate, patchify, unpatchify
 from jaxgen.text.features import TextFeatures
 
@@ -67,9 +67,7 @@ class UNet:
             blocks = down + up
             total += blocks * 2 * 2 * 9 * width**2 * area
             if attends != "none":
-                own = area if attends == "joint" else 0  # keys of the image
-                each = 2 * 2 * width * (width * (area + own) + text * tokens + area * (own + tokens))
-                total += blocks * each
+                total += blocks * attend_map_flops(area, width, text, tokens, attends == "joint")
             if below:
                 total += 2 * 2 * 4 * below * width * area  # down and up between the levels
             below, area = width, area // 4
@@ -122,7 +120,7 @@ class _Block(nnx.Module):
         self.norm1, self.norm2 = RMSNorm(width, rngs), RMSNorm(width, rngs)
         self.conv1, self.conv2 = Conv(width, width, rngs), Conv(width, width, rngs, zero=True)
         self.modulation = Linear(text, 2 * width, rngs, axes=("embed", None), zero=True)
-        self.dropout, self.head_dim, self.attends = c.dropout, c.head_dim, attends
+        self.dropout, self.attends = c.dropout, attends
         if attends != "none":
             self.attention_norm = RMSNorm(width, rngs)
             self.attention = Attention(width, c.head_dim, rngs, context_dim=text, own_keys=attends == "joint")
@@ -134,10 +132,4 @@ class _Block(nnx.Module):
         x = x + self.conv2(h)
         if self.attends == "none":
             return x
-        b, height, width, c = x.shape
-        flat = self.attention_norm(x).reshape(b, height * width, c)
-        if self.attends == "text":
-            return x + self.attention(flat, context=tokens, mask=mask).reshape(x.shape)
-        keys = jnp.concatenate([jnp.ones((b, height * width), bool), mask], axis=1)
-        positions = rotary_2d(height, width, self.head_dim)
-        return x + self.attention(flat, context=tokens, mask=keys, rotary=positions).reshape(x.shape)
+        return x + attend_map(self.attention, self.attention_norm(x), tokens, mask)

@@ -15,7 +15,7 @@ from jax.lax import stop_gradient
 
 from jaxgen.config import register
 from jaxgen.errors import UserError
-from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, noise, to_uint8
+from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, circle, noise, to_uint8
 from jaxgen.families.vae_networks import Gaussian, Ladder
 from jaxgen.nn.module import Params, bind, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
@@ -133,7 +133,7 @@ class Vae(Family):
 
             return self._picture(params, text, null_text, settings, walk)
 
-        return jax.lax.map(frame, 2 * math.pi * (jnp.arange(frames) + 1 - frames) / frames)
+        return jax.lax.map(frame, circle(frames))
 
     def reconstruct(
         self, params: Params, frozen: Params, image: jax.Array, text: TextFeatures, key: jax.Array | None = None
@@ -184,8 +184,7 @@ class Vae(Family):
         self, params: Params, shape: tuple[int, ...], text: TextFeatures, draw: Any, image: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The likelihood's mean [B, H, W, C] and log scale (of a shape that spreads to it), float32."""
-        shapes = Shapes(shape, text.hidden.shape[-1], text.pooled.shape[-1])  # ty: ignore[invalid-argument-type]
-        out = bind(self._build(shapes), params["generator"])(text, draw, image).astype(jnp.float32)
+        out = bind(self._build(Shapes.of(shape, text)), params["generator"])(text, draw, image).astype(jnp.float32)
         if self.scale == "channel":
             mean, log_scale = out, params["generator"]["log_scale"].astype(jnp.float32)
         else:

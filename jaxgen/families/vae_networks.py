@@ -17,8 +17,8 @@ from flax import nnx
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
-from jaxgen.families.conditioning import Conditioning
-from jaxgen.nn.attention import Attention, rotary_2d
+from jaxgen.families.conditioning import Conditioning, attend_map, attend_map_flops
+from jaxgen.nn.attention import Attention
 from jaxgen.nn.layers import Conv, Linear, RMSNorm, modulate, patchify, unpatchify
 from jaxgen.nn.module import param
 from jaxgen.text.features import TextFeatures
@@ -95,8 +95,7 @@ class Ladder:
             area = height * width
             block = 2 * 2 * _kernel(area) ** 2 * w**2 * area + 2 * text * 2 * w
             if attends != "none":
-                own = area if attends == "joint" else 0  # keys of the picture
-                block += 2 * 2 * w * (w * (area + own) + text * tokens + area * (own + tokens))
+                block += attend_map_flops(area, w, text, tokens, attends == "joint")
             total += up * block + groups * 2 * 3 * w * self.channels * area
         return float(total + self._between(shapes))
 
@@ -218,7 +217,7 @@ class _Block(nnx.Module):
         self.norm1, self.norm2 = RMSNorm(width, rngs), RMSNorm(width, rngs)
         self.conv1, self.conv2 = Conv(width, width, rngs, size=size), Conv(width, width, rngs, size=size, zero=True)
         self.modulation = Linear(text, 2 * width, rngs, axes=("embed", None), zero=True) if text else None
-        self.head_dim, self.attends = head_dim, attends
+        self.attends = attends
         if attends != "none":
             self.attention_norm = RMSNorm(width, rngs)
             self.attention = Attention(width, head_dim, rngs, context_dim=text, own_keys=attends == "joint")
@@ -232,9 +231,4 @@ class _Block(nnx.Module):
         x = x + self.conv2(jax.nn.silu(h))
         if self.attends == "none":
             return x
-        b, height, width, c = x.shape
-        flat, rotary = self.attention_norm(x).reshape(b, height * width, c), None
-        if self.attends == "joint":
-            mask = jnp.concatenate([jnp.ones((b, height * width), bool), mask], axis=1)
-            rotary = rotary_2d(height, width, self.head_dim)
-        return x + self.attention(flat, context=tokens, mask=mask, rotary=rotary).reshape(x.shape)
+        return x + attend_map(self.attention, self.attention_norm(x), tokens, mask)

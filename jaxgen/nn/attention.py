@@ -168,13 +168,15 @@ def rotary_1d(length: int, head_dim: int, theta: float = 10_000.0) -> tuple[jax.
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotary_2d(height: int, width: int, head_dim: int, theta: float = 100.0) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 [height*width, head_dim/2]: half of the pairs turn with the row, half with the column
-    (rotary positions, arXiv 2104.09864, on two axes as in arXiv 2403.13298)."""
+def rotary_2d(height: int, width: int, head_dim: int, theta: float = 100.0, *, still: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [still + height*width, head_dim/2]: half of the pairs turn with the row, half with the column
+    (rotary positions, arXiv 2104.09864, on two axes as in arXiv 2403.13298). `still` positions before the grid do not turn:
+    text tokens, whose order is in their features already."""
     pairs = head_dim // 4
     frequencies = theta ** (-jnp.arange(pairs) / pairs)
     rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     angles = jnp.concatenate([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], axis=-1)
+    angles = jnp.pad(angles, ((still, 0), (0, 0)))
     return jnp.cos(angles), jnp.sin(angles)
 
 

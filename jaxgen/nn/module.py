@@ -80,6 +80,11 @@ def fingerprint(tree: Params) -> str:
     return digest.hexdigest()
 
 
+def dtype_of(params: Params) -> Any:
+    """The dtype of a tree whose arrays share it: what a network computes in."""
+    return jax.tree.leaves(params)[0].dtype
+
+
 def lookup(tree: Params, path: Any) -> Any:
     """The leaf or subtree of a nested dictionary at a path of names."""
     for name in path:

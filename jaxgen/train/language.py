@@ -28,7 +28,7 @@ from jaxgen.data.config import DataConfig
 from jaxgen.data.pipeline import batches, to_device
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses
-from jaxgen.nn.module import Params, bind, flatten, init_params, logical_axes
+from jaxgen.nn.module import Params, bind, dtype_of, flatten, init_params, logical_axes
 from jaxgen.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, on_mesh, param_shardings
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, copy_whole, read_text, write_json, write_text
@@ -139,7 +139,7 @@ class NextToken:
 
     def total(self, trained: Params, frozen: Params, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(sum of -log p of all tokens but each row's first, number of them): float32 []; in the dtype of `trained`."""
-        dtype = jax.tree.leaves(trained)[0].dtype
+        dtype = dtype_of(trained)
         base = jax.tree.map(lambda p: p.astype(dtype), frozen["text"])
         module = bind(self.architecture.build, self.adapt.merge(base, trained))
         ids, mask = batch["input_ids"], batch["attention_mask"]
