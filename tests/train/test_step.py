@@ -197,7 +197,7 @@ def run(family, mesh_config, name="adamw", steps=10, **settings):
 def test_a_mesh_changes_nothing(name):
     family = FAMILIES[name]
     state, losses = run(family, MeshConfig(1, 1, 1))
-    for mesh in (MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)):
+    for mesh in (MeshConfig(8, 1, 1), MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)):
         other, other_losses = run(family, mesh)
         np.testing.assert_allclose(losses, other_losses, rtol=2e-6)
         assert largest(jax.device_get(state.params), jax.device_get(other.params)) <= 1e-5
