@@ -50,6 +50,7 @@ def command(place, name, *more):
 
 def environment(place):
     keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    keep |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiled quickly rather than well
     return keep | {"JAXGEN_CPU_DEVICES": "2", "JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "PYTHONPATH": str(ROOT)}
 
 
