@@ -18,8 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,10 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from training import ROOT, train
 
 from jaxgen.errors import UserError, cli
 
-ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("test", "test_unseen_pairs", "test_paraphrases")
 COLUMNS = ("exact", "exact_single", "exact_relation", "exact_count")
 SIZE, WIDTH, TOKENS = 32, 384, 32  # pixels; of the default text encoder's features; a batch's captions are padded to
@@ -124,27 +122,6 @@ def check(plans: dict[str, Plan]) -> None:
             raise UserError(
                 f"{name} draws with {found.params:,} parameters, {FIRST} with {wanted:,}: choose its network in FAMILIES anew"
             )
-
-
-def train(name: str, found: Plan, workdir: Path) -> None:
-    """Trains to the end what is not there yet. Raises UserError where train.py fails or is stopped."""
-    if finished(found, workdir):
-        print(f"{name}: {workdir} is finished", flush=True)
-        return
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    log = workdir.with_name(f"{workdir.name}.log")
-    print(f"{name}: training {found.steps} steps; see {log}", flush=True)
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with log.open("a") as out:
-        command = [sys.executable, str(ROOT / "train.py"), *found.command]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=out, stderr=subprocess.STDOUT)
-    if done.returncode or not finished(found, workdir):
-        last = (log.read_text().strip().splitlines() or ["nothing was said"])[-1]
-        raise UserError(f"{name} was not trained to its end (status {done.returncode}: {last}); the same command tries again")
-
-
-def finished(found: Plan, workdir: Path) -> bool:
-    return (workdir / "checkpoints" / str(found.steps)).is_dir()
 
 
 def size(tree: Any) -> int:
@@ -380,7 +357,7 @@ def main() -> None:
                 f"{found.steps} steps, {found.flops / 1e15:.4g} PFLOP ({off[1]:+.1%})"
             )
         for name in todo:
-            train(name, plans[name], Path(places[name]))
+            train(name, plans[name].command, plans[name].steps, Path(places[name]))
     measure({name: places[name] for name in names}, args.prompts, args.seeds, args.json, args.sheet)
 
 
