@@ -39,7 +39,8 @@ def main() -> None:
     from jaxgen.train import language, loop
 
     run = language.run if isinstance(config, language.LanguageRunConfig) else loop.run
-    run(config, as_path(args.workdir or Path("runs") / Path(path).stem), profile=args.profile)
+    with runtime.together():
+        run(config, as_path(args.workdir or Path("runs") / Path(path).stem), profile=args.profile)
 
 
 def dry_run(config) -> None:

@@ -17,20 +17,17 @@ A round is one call of each, in rotating order; told are medians, and the median
 faster here). share: of the bare matrix product [tokens, D] x [D, 4D] on the same side."""
 
 import argparse
-import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from workers import Skip, Work, Worker, environment, median, rotated, serve, versions
 
-ROOT = Path(__file__).resolve().parents[1]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MODELS = {"minilm": (6, 384), "gpt2": (12, 768), "t5": (6, 512)}  # layers, width; the MLP is four times as wide
 EQUAL = ((32, 16), (32, 64), (8, 256))
@@ -43,39 +40,6 @@ TARGETS = {
 }
 TOLERANCE = 1e-4
 CHECKED = 64  # captions of the mixed lengths that are compared
-
-Work = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]  # (run until the result is there, the result for comparison)
-
-
-class Skip(Exception):
-    """Why a side cannot do a case."""
-
-
-def serve(side: Any) -> None:
-    """Answer commands, a JSON object a line each, until the input ends."""
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is no answer
-    works: dict[str, Work] = {}
-    for line in sys.stdin:
-        command = json.loads(line)
-        name, variant = command.pop("do"), command.pop("variant", "")
-        answer: dict[str, Any] = {}
-        try:
-            if name == "time":
-                run = works[variant][0]
-                began = time.perf_counter()
-                for _ in range(command["count"]):
-                    run()
-                answer["seconds"] = (time.perf_counter() - began) / command["count"]
-            elif name == "show":
-                run, show = works[variant]
-                np.save(command["file"], show(run()))
-            elif name == "prepare":
-                works[variant] = getattr(side, command.pop("kind"))(variant, **command)
-            else:
-                getattr(side, name)(**command)
-        except Skip as reason:
-            answer["skip"] = str(reason)
-        print(json.dumps(answer), file=out, flush=True)
 
 
 class Ours:
@@ -125,43 +89,12 @@ class Ours:
         return lambda: product(x, kernel).block_until_ready(), np.asarray
 
 
-class Worker:
-    """A side's process."""
-
-    def __init__(self, command: list[str], environment: dict[str, str], errors: Path):
-        self.errors = errors
-        with open(errors, "w") as file:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-            )
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        try:
-            print(json.dumps(command), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            sys.exit(f"{self.process.args} ended on {str(command)[:200]}\n{self.errors.read_text()[-3000:]}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 class Bench:
     def __init__(self, arguments: argparse.Namespace, place: Path):
         self.arguments, self.place = arguments, place
         self.rows: list[dict[str, Any]] = []
         self.problems: list[str] = []
-        self.environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC", "JAXGEN_CPU_DEVICES")} | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(place / "xla"),
-            "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-        }
+        self.environment = environment(place) | {"JAX_PLATFORMS": "cpu"}
         here = Path(__file__).resolve()
         self.commands = {
             "ours": [sys.executable, str(here), "--worker"],
@@ -302,15 +235,6 @@ class Bench:
         self.rows.append(row | {"missed": missed})
 
 
-def rotated(variants: tuple[str, ...], rounds: int) -> Any:
-    turns = itertools.cycle([variants[i:] + variants[:i] for i in range(len(variants))])
-    return itertools.chain.from_iterable(itertools.islice(turns, rounds))
-
-
-def median(values: list[float]) -> float:
-    return float(np.median(values))
-
-
 def source(name: str) -> Path:
     from jaxgen.text.sources import resolve
 
@@ -342,10 +266,10 @@ def main() -> None:
     for name, known in (("models", MODELS), ("cases", TARGETS)):
         if unknown := set(getattr(arguments, name)) - set(known):
             parser.error(f"--{name}: {', '.join(unknown)} is unknown; known are {', '.join(known)}")
-    versions = torch_versions(arguments.torch_python, parser)
+    against = versions(arguments.torch_python, ("torch", "transformers"), parser)
     with tempfile.TemporaryDirectory(prefix="jaxgen-text-") as scratch:
         bench = Bench(arguments, Path(scratch))
-        print(f"{len(os.sched_getaffinity(0))} cores; {versions}; median ms, theirs / ours, shares of the bare product")
+        print(f"{len(os.sched_getaffinity(0))} cores; {against}; median ms, theirs / ours, shares of the bare product")
         columns = ["ours", "eager", "compiled"]
         print(
             f"{'model':7s} {'case':21s}{''.join(f'{c:>10s}' for c in columns)}{'/ eager':>9s}{'/ comp.':>9s}"
@@ -359,28 +283,13 @@ def main() -> None:
     if arguments.json:
         report = {
             "cores": len(os.sched_getaffinity(0)),
-            "versions": versions,
+            "versions": against,
             "settings": vars(arguments),
             "rows": bench.rows,
             "problems": bench.problems,
         }
         Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
     sys.exit(bool(bench.problems))
-
-
-def torch_versions(python: str | None, parser: argparse.ArgumentParser) -> str:
-    """What stands against us; ends the program where the interpreter is none or lacks a package."""
-    if not python:
-        parser.error("--torch_python is missing: an interpreter with torch and transformers in it")
-    code = "import torch, transformers; print(f'torch {torch.__version__}, transformers {transformers.__version__}')"
-    try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    except OSError as error:
-        parser.error(f"--torch_python: {error}")
-    if done.returncode:
-        told = done.stderr.strip().splitlines()[-1:]
-        parser.error(f"--torch_python={python}: {' '.join(told)}; `{python} -m pip install torch transformers`")
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from text_encoders import CHECKED, NEW, Work, serve
+from text_encoders import CHECKED, NEW
+from workers import Work, serve
 
 STATIC = {"cache_implementation": "static"}  # a cache of one size: nothing compiled again as it fills
 

@@ -20,7 +20,7 @@ def get_config() -> RunConfig:
         family=Flow(network=UNet(widths=(64, 128), down=(1, 2), up=(2, 2)), time_mean=0.4, sample_shift=3.0),
         data=DataConfig(name="scenes", train_examples=20_000, paraphrases=1, languages=("en", "zh")),
         text=TextConfig(source="./runs/text_zh", adapt=Full(), adapt_learning_rate_scale=1.0),
-        train=TrainConfig(steps=6800, batch_size=16, ema_decay=0.998, checkpoint_every=850, log_every=100),
+        train=TrainConfig(steps=4000, batch_size=16, ema_decay=0.998, checkpoint_every=500, log_every=100),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, warmup_steps=50),
         sample=SampleConfig(
             prompts=(
@@ -33,6 +33,6 @@ def get_config() -> RunConfig:
             num_steps=25,
             guidance_scale=1.5,
             sampler="euler",
-            every=1700,
+            every=2000,
         ),
     )

@@ -55,6 +55,7 @@ FEW = "--config.data.train_examples=16 --config.data.paraphrases=0"
 TINY = " ".join(f"--config.family.network.{field}" for field in ("widths=64", "down=1", "up=1", "attention=text", "refiner=1"))
 TINY_CODEC = "--config.family.network.widths=8,8,8 --config.family.network.encoder_blocks=0"
 TINY_TOKENS = " ".join(f"--config.family.network.{field}" for field in ("width=32", "depth=1", "refiner=0"))
+DRY = "WORKDIR=gs://BUCKET/runs/first scripts/tpu_vm.sh --dry_run {}"
 RULES = [  # the first that matches counts
     Rule(r"pip install uv$", instead="uv --version"),
     Rule(r"uv sync( --extra \w+)*$", instead="uv --version"),  # its extras are looked at below
@@ -66,6 +67,15 @@ RULES = [  # the first that matches counts
     Rule(r"uv run train\.py --config=configs/scenes_ar\.py$", more=f"{SHORT} {FEW} {TINY_TOKENS}", leaves=trained),
     Rule(r"uv run train\.py\b", more=f"{SHORT} {FEW} {TINY}", leaves=trained),
     Rule(r"uv run sample\.py\b", more="--num_images=1 --steps=2", leaves=drawn),
+    Rule(r"uv run python -m jaxgen\.parallel\.launch\b", more=f"{SHORT} {FEW} {TINY}", leaves=trained),
+    Rule(r"uv run python -m jaxgen\.parallel\.plan .*--topology=", instead="uv run python -m jaxgen.parallel.plan --help"),
+    Rule(r"uv run python -m jaxgen\.parallel\.plan\b", more=f"{TINY} --config.train.batch_size=4 --tokens=16"),
+    Rule(r"export TPU_TYPE=", instead="true"),
+    # Of what needs Google Cloud: that the script knows it. tests/test_scripts.py looks at what it would do.
+    *(
+        Rule(rf"(WORKDIR=\S+ )?scripts/tpu_vm\.sh (--dry_run )?{what}\b", instead=DRY.format(what))
+        for what in ("create", "setup", "run", "log", "fetch", "delete")
+    ),
     Rule(r"uv run python session\.py$"),  # the page's Python blocks, written to this file
 ]
 

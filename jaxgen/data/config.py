@@ -35,7 +35,7 @@ class RewriteConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`name` is scenes, emoji, flickr8k, folder:PATH or tfds:NAME."""
+    """`name` is scenes, emoji, flickr8k, folder:PATH, tfds:NAME, tar:SHARDS or parquet:SHARDS."""
 
     name: str = "scenes"
     image_size: int = 32
@@ -46,9 +46,12 @@ class DataConfig:
     languages: tuple[str, ...] = ("en",)  # scenes only: of the captions, "en" and "zh"; their order does not matter
     skin_tones: bool = True  # emoji only: the five skin tones of people and hands, too; half of the set
     caption_template: str | None = None  # tfds only: for sets with class labels, "a photo of a {label}"
+    caption_field: str | None = None  # tar and parquet only: of a .json, or a column; by default the first of the usual names
+    max_bad_shards: int = 10  # tar and parquet only: shards that cannot be read before the run stops
+    window: int = 128  # parquet only: MB of row groups in which pictures are mixed; a host holds up to twice as much
     flip: bool | None = None  # mirror half of the pictures; by default as the set allows
     crop: bool | None = None  # random crops of an eighth; by default as the set allows
-    threads: int = 4  # that decode pictures
+    threads: int | None = None  # that read and decode pictures; by default 4, and 64 where pictures come over a network
     max_bad: int = 100  # unreadable pictures met in training before the run stops
     keep_in_memory: int = 512  # MB; a decoded set up to this size is decoded once
     # Keep what the family makes of each picture (latents, tokens) in files beside the set, rather than make it in each step;
@@ -59,11 +62,11 @@ class DataConfig:
     def validate(self) -> None:
         if self.image_size < 8:
             raise UserError(f"data.image_size={self.image_size}: at least 8 pixels")
-        for name in ("train_examples", "threads"):
-            if getattr(self, name) < 1:
+        for name in ("train_examples", "threads", "window"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
-        if self.paraphrases < 0 or self.max_bad < 0 or self.keep_in_memory < 0:
-            raise UserError("data.paraphrases, data.max_bad and data.keep_in_memory cannot be negative")
+        if min(self.paraphrases, self.max_bad, self.max_bad_shards, self.keep_in_memory) < 0:
+            raise UserError("data.paraphrases, data.max_bad, data.max_bad_shards and data.keep_in_memory cannot be negative")
         unknown = [language for language in self.languages if language not in LANGUAGES]
         if unknown or not self.languages:
             raise UserError(f"data.languages={','.join(self.languages)}: choose from {', '.join(LANGUAGES)}")

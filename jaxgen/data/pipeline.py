@@ -4,6 +4,8 @@ Which picture, caption and augmentation a place in a batch gets is a function of
 alone; a process takes its slice after that is decided. So the step number is the whole state of the input, and another
 number of processes sees the same batches."""
 
+import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from queue import Empty, Full, Queue
@@ -13,12 +15,11 @@ import jax
 import numpy as np
 
 from jaxgen.data import registry
-from jaxgen.data.builder import Records, prepare
 from jaxgen.data.config import DataConfig
 from jaxgen.data.recipe import decode, fit
 from jaxgen.data.rewrite import Rewritings, rewritings
+from jaxgen.data.shards import Records, concurrently
 from jaxgen.errors import UserError
-from jaxgen.storage import as_path
 
 FOREVER = 2**40  # positions; no run is that long
 
@@ -32,6 +33,11 @@ class Source:
         self.size = config.image_size
         self.stored = config.image_size * 9 // 8 if crop else config.image_size
         self.max_bad, self.bad = config.max_bad, 0
+        shards = records if isinstance(records, Records) else None
+        self.shards, self.threads = shards, config.threads or (4 if shards is None else shards.threads)
+        # What stands in for a picture that cannot be read: the next one; of a set in shards one of another shard, as a lost
+        # shard's pictures would else all become the same.
+        self.stride = 1 if shards is None else _coprime(int(0.618 * len(shards)), len(shards))
         # In the pictures' place (precompute.py): rows [N, 1 or 2 (mirrored), ...].
         self.made: dict[str, np.ndarray] | None = None
         self.rewritings: Rewritings | None = None
@@ -48,7 +54,9 @@ class Source:
         if self._images is not None and self._captions is not None:
             return self._images[index], self._captions[index]
         for step in range(len(self)):
-            data, captions, _ = self.records[(index + step) % len(self)]
+            data, captions, _ = self.records[(index + step * self.stride) % len(self)]
+            if data is None:  # of a lost shard: counted there
+                continue
             image = decode(data)
             if image is not None:
                 return fit(image, self.stored), captions
@@ -58,7 +66,9 @@ class Source:
         raise UserError(f"{self.bad} unreadable pictures met while training, more than data.max_bad={self.max_bad}")
 
     def captions_of(self, index: int) -> list[str]:
-        return self._captions[index] if self._captions is not None else self.records[index][1]
+        if self._captions is not None:
+            return self._captions[index]
+        return self.shards.captions_of(index) if self.shards is not None else self.records[index][1]
 
     def captions(self) -> Iterator[str]:
         """Every caption of the split, and every variant of it."""
@@ -72,16 +82,22 @@ class Source:
         return self._images is not None or self.made is not None
 
     def _load(self) -> None:
-        pairs = [self[index] for index in range(len(self))]
+        every = range(len(self))
+        read = map(self.__getitem__, every) if self.shards is None else concurrently(self.__getitem__, every, self.threads)
+        pairs = list(read)
         self._images = np.stack([image for image, _ in pairs])
         self._captions = [captions for _, captions in pairs]
+
+
+def _coprime(start: int, to: int) -> int:
+    return next(k for k in range(max(start, 1), start + to + 2) if math.gcd(k, to) == 1)
 
 
 def load_source(config: DataConfig, split: str = "train") -> Source:
     """A split of the configured set, prepared first where that is needed. Only training pictures are augmented, and only
     their captions rewritten."""
-    name, recipe = registry.recipe(config)
-    records = Records(prepare(name, recipe, as_path(config.dir)), split)
+    _, recipe = registry.recipe(config)
+    records = registry.records(config, split)
     if len(records) == 0:
         raise UserError(f"data.name={config.name}: its split {split!r} is empty")
     train = split == "train"
@@ -102,19 +118,25 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     caption_dropout: float = 0.0,
-    threads: int = 4,
+    threads: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This process's share of every global batch from `start_step` on, without end:
     {"image": uint8 [b, H, W, 3] (or the rows of source.made), "caption": list of b strings, "" where it is dropped}."""
     import grain
 
     share = batch_size // process_count
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    order: Any = source.shards.order(seed, batch_size) if source.shards is not None else None
+    if order is None:
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    soon = getattr(order, "ahead", 0) * batch_size
+    threads = threads or source.threads
 
     def fetch(k: int) -> dict[str, Any]:
-        step, place = divmod(int(k), share)
+        step, place = divmod(k, share)
         position = (start_step + step) * batch_size + process_index * share + place
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
+        if soon and place == 0 and source.shards is not None and not source.in_memory:
+            source.shards.expect(np.array([order[position + soon + p] for p in range(share)]))
         entry: Any = order[position]
         index, made = int(entry), source.made
         image, captions = source[index] if made is None else (np.empty(0), source.captions_of(index))
@@ -131,11 +153,14 @@ def batches(
             image = image[:, ::-1]
         return {"image": image, "caption": "" if dropped else caption}
 
-    ahead = 0 if source.in_memory else max(2 * share, 16)
+    # A task of several pictures, as one costs a thread pool a quarter of what decoding a picture does.
+    several = share if source.in_memory else min(share, 4)
+    ahead = 0 if source.in_memory else max(2 * share // several, threads)
     options = grain.ReadOptions(num_threads=0 if source.in_memory else threads, prefetch_buffer_size=ahead)
-    examples = iter(grain.MapDataset.range(FOREVER).map(fetch).to_iter_dataset(options))
+    tasks = grain.MapDataset.range(FOREVER).map(lambda k: [fetch(int(k) * several + i) for i in range(several)])
+    examples = itertools.chain.from_iterable(tasks.to_iter_dataset(options))
     while True:
-        batch = [next(examples) for _ in range(share)]
+        batch = list(itertools.islice(examples, share))
         yield {name: [e[name] for e in batch] if name == "caption" else np.stack([e[name] for e in batch]) for name in batch[0]}
 
 

@@ -5,7 +5,7 @@ arXiv 2212.09748; single stream: arXiv 2511.22699; QK-norm: arXiv 2302.05442).""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,10 @@ class Blocks:
     mlp_ratio: int = 4
     refiner: int = 1  # transformer blocks over the text tokens alone, before they join the stream
     dropout: float = 0.0
-    remat: bool = False  # recompute each block's activations in the backward pass: less memory, a third more work
+    # Recompute activations in the backward pass: True all of each block's, a third more work for the least memory; "dots" all
+    # but what products with weights gave, which is most of the work.
+    remat: bool | Literal["dots"] = False
+    scan: bool = False  # the blocks as one loop over their stacked weights: the same numbers, compiled once for all of them
 
     def validate(self) -> None:
         if self.width % self.head_dim or self.head_dim % 4:
@@ -97,14 +100,24 @@ class _Stream(nnx.Module):
         """Text tokens [B, T, D] and x [B, N, D], a position of the grid each, seen as `mask` says -> x's outputs [B, N, O]."""
         c = self.config
         rotary = rotary_2d(*grid, c.head_dim, still=tokens.shape[1])
-        keys = jax.random.split(key, c.depth) if key is not None else [None] * c.depth
+        keys: Any = jax.random.split(key, c.depth) if key is not None else [None] * c.depth
 
         def apply(block, stream, key):
             return block(stream, block.modulation(vector), mask, rotary, key)[0]
 
-        run, stream = nnx.remat(apply) if c.remat else apply, jnp.concatenate([tokens, x], axis=1)
-        for block, block_key in zip(self.blocks, keys, strict=True):
-            stream = run(block, stream, block_key)
+        run, stream = apply, jnp.concatenate([tokens, x], axis=1)
+        if c.remat:
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            # In a loop nothing can be merged with what is computed again, and the barrier against it costs speed.
+            run = nnx.remat(apply, policy=policy, prevent_cse=not c.scan)
+        if c.scan:
+            graph, _ = nnx.split(self.blocks[0])
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[nnx.state(block) for block in self.blocks])
+            each = lambda stream, at: (run(nnx.merge(graph, at[0]), stream, at[1]), None)  # noqa: E731
+            stream, _ = jax.lax.scan(each, stream, (stacked, keys if key is not None else None))
+        else:
+            for block, block_key in zip(self.blocks, keys, strict=True):
+                stream = run(block, stream, block_key)
         return self.finish(stream[:, tokens.shape[1] :], self.modulation(vector))
 
     def finish(self, x: jax.Array, modulation: jax.Array) -> jax.Array:

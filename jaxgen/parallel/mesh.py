@@ -43,7 +43,9 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with axes ("data", "fsdp", "tensor"); raises UserError where the devices do not make it up."""
+    """A mesh with axes ("data", "fsdp", "tensor"); raises UserError where the devices do not make it up.
+
+    Of several TPU slices each is whole along "fsdp" and "tensor": only the gradients' sum over "data" leaves it."""
     devices = devices if devices is not None else jax.devices()
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = int(np.prod([size for size in sizes if size != -1]))
@@ -55,8 +57,18 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         raise UserError(f"the mesh {named} asks for {needed} devices and there are {len(devices)}: lower mesh.*")
     if needed < len(devices) and (-1 in (config.data, config.fsdp, config.tensor) or jax.process_count() > 1):
         raise UserError(f"the mesh {named} leaves {len(devices) - needed} of {len(devices)} devices idle: set mesh.data=-1")
-    grid = mesh_utils.create_device_mesh(sizes, devices[:needed], allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(lay_out(sizes, devices[:needed]), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def lay_out(sizes: list[int], devices: list[Any]) -> np.ndarray:
+    """The devices in the order of a mesh of these sizes, neighbours close by; several slices along its first axis."""
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1 and sizes[0] % slices == 0:
+        within, between = [sizes[0] // slices, *sizes[1:]], [slices, *[1] * len(sizes[1:])]
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    if slices > 1 and devices[0].platform == "tpu":
+        raise UserError(f"mesh.data={sizes[0]} is no multiple of the {slices} slices, between which only examples are split")
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:

@@ -1,9 +1,13 @@
 """Starting JAX for a run: processes, virtual CPU devices, compile cache, precision, and a check that nothing is unseen."""
 
+import contextlib
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping
+import traceback
+import urllib.request
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.errors import UserError
+
+METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"  # of a Google Cloud machine
 
 
 def start(allow_cpu: bool = False) -> None:
@@ -31,11 +37,56 @@ def start(allow_cpu: bool = False) -> None:
     distributed = multi_host(os.environ)
     if distributed is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(**distributed)
+        # A host that is frozen or cut off is given up after so long; one that dies is noticed at once.
+        jax.distributed.initialize(**distributed, heartbeat_timeout_seconds=30)
     if jax.default_backend() == "cpu" and not allow_cpu and not cpu_only:
         unseen = unseen_accelerator(os.environ)
         if unseen is not None:
             raise UserError(unseen)
+
+
+@contextlib.contextmanager
+def together() -> Generator[None]:
+    """Around what several processes do in step: one of them that fails ends at once, and the others with it.
+
+    Without, it would wait at its exit for the others, and they for it in their next collective. Exit status: 2 after a
+    UserError, 3 where another process was lost, else 1. With one process it does nothing."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, UserError):
+            status = 2
+            print(f"error: {error}", file=sys.stderr)
+        elif lost_peer(error):
+            status = 3
+            print(
+                f"error: another process of this run has ended or cannot be reached ({str(error).splitlines()[0][:160]}): "
+                "start all of them again, and they go on from the last checkpoint",
+                file=sys.stderr,
+            )
+        else:
+            status = 1
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of XLA's is another process's end, as seen from here."""
+    signs = (
+        "Gloo",
+        "NCCL",
+        "UNAVAILABLE",
+        "DEADLINE_EXCEEDED",
+        "ABORTED",
+        "heartbeat",
+        "Connection reset",
+        "coordination service",
+    )
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def cores() -> int:
@@ -57,7 +108,33 @@ def multi_host(environment: Mapping[str, str]) -> dict[str, Any] | None:
         }
     tpu_hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     slurm_tasks = int(environment.get("SLURM_NTASKS", 1))
-    return {} if len(tpu_hosts) > 1 or slurm_tasks > 1 else None  # jax finds the rest by itself
+    several = len(tpu_hosts) > 1 or slurm_tasks > 1 or ("TPU_SKIP_MDS_QUERY" not in environment and tpu_workers() > 1)
+    return {} if several else None  # jax finds the rest by itself
+
+
+def on_google_cloud(root: Path = Path("/")) -> bool:
+    """Whether this is one of its virtual machines, a TPU VM included."""
+    try:
+        return "Google" in (root / "sys/class/dmi/id/product_name").read_text()
+    except OSError:
+        return False
+
+
+def tpu_workers(metadata: str | None = None) -> int:
+    """Hosts of the TPU slices that this one is of, as Google Cloud's metadata (an address) tell; 1 where there are none."""
+    if metadata is None and not on_google_cloud():
+        return 1
+
+    def attribute(name: str) -> str:
+        request = urllib.request.Request(f"{metadata or METADATA}attributes/{name}", headers={"Metadata-Flavor": "Google"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.read().decode()
+        except OSError:
+            return ""
+
+    slices = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", attribute("tpu-env"))
+    return len(attribute("worker-network-endpoints").split(",")) * (int(slices[1]) if slices else 1)
 
 
 def unseen_accelerator(environment: Mapping[str, str], root: Path = Path("/")) -> str | None:

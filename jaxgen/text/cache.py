@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxgen.errors import UserError
 from jaxgen.storage import Path, write_bytes, write_json
@@ -48,7 +49,7 @@ def encode_captions(encoder: TextEncoder, captions: Iterable[str], path: Path | 
     tokens = encoder.count(new)
     check_size(len(unique), int(tokens.max(initial=1)), encoder.hidden_size, host_memory())
     table = _encode(encoder, new, tokens) if kept is None else _joined(unique, kept, _encode(encoder, new, tokens))
-    if path is not None:
+    if path is not None and jax.process_index() == 0:
         for name, value in (("hidden", table.hidden), ("pooled", table.pooled), ("lengths", table.lengths)):
             write_bytes(path / f"{name}.npy", _npy(value))
         # Last: without it the rest does not count.
@@ -72,7 +73,10 @@ def _encode(encoder: TextEncoder, captions: Sequence[str], tokens: np.ndarray) -
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.device_put(encoder.params, whole)
+    params = encoder.params
+    if jax.process_count() > 1:  # each has its own slices, and encodes by itself
+        params = multihost_utils.process_allgather(params, tiled=True)
+    params = jax.device_put(params, whole)
     apply = jax.jit(encoder.apply)
     batch = -(-BATCH // len(devices)) * len(devices)
     hidden = np.zeros((len(captions), 0, encoder.hidden_size), np.float16)

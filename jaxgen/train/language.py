@@ -23,7 +23,6 @@ import numpy as np
 
 from jaxgen import config as configs
 from jaxgen.data import registry
-from jaxgen.data.builder import Records, prepare
 from jaxgen.data.config import DataConfig
 from jaxgen.data.pipeline import batches, to_device
 from jaxgen.errors import UserError
@@ -239,7 +238,7 @@ def _run(
     score = config.eval.score if config.eval.every else None
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, score)
     restored = checkpoints.restore(abstract)
-    control: dict[str, Any] = {"best": None, "waited": 0, "stopped": False, "seconds": 0.0}
+    control: dict[str, Any] = {"best": None, "waited": 0, "stopped": False, "spent": {}}
     # Fresh weights are told by the texts alone: another device may draw them otherwise in their last bits.
     mark = hashlib.sha256(json.dumps([pretrained.digest if config.text.source else "", rows]).encode()).hexdigest()
     if restored is not None:
@@ -327,8 +326,7 @@ def read_texts(config: DataConfig, split: str) -> list[list[str]]:
     Raises UserError where there are none."""
     kind, _, file = config.name.partition(":")
     if kind != "text":
-        name, recipe = registry.recipe(config)
-        records = Records(prepare(name, recipe, as_path(config.dir)), split)
+        records = registry.records(config, split)
         return [records[i][1] for i in range(len(records))]
     try:
         said = read_text(as_path(file))

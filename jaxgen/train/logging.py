@@ -8,21 +8,9 @@ from typing import Any
 
 import jax
 
+from jaxgen.parallel.devices import known
 from jaxgen.storage import Path, as_path, is_remote, write_text
 
-# Dense bfloat16 peaks, FLOP/s a device, by the start of jax's device_kind.
-PEAKS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 INTERVAL = {False: 1.0, True: 60.0}  # seconds between rewrites of a local and of a remote metrics.jsonl
 
 
@@ -35,10 +23,14 @@ class MetricsLog:
         self.path = workdir / "metrics.jsonl"
         self._written = float("-inf")
         self._lines: list[str] = []
+        self.last: dict[str, Any] = {}  # of the lines found, the dropped ones too, the last that tells of goodput
         if self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] <= step:
+                    values = json.loads(line)
+                    if "goodput" in values:
+                        self.last = values
+                    if values["step"] <= step:
                         self._lines.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue  # a line cut short by a crash on a file system without atomic writes
@@ -104,8 +96,11 @@ class Log:
 
     def __init__(self, workdir: Path, step: int, config: dict[str, Any]):
         self._sinks: list[Any] = []
+        self.last: dict[str, Any] = {}  # MetricsLog's
         if jax.process_index() == 0:
-            self._sinks = [MetricsLog(workdir, step), TensorBoard(workdir, step), WandB(workdir, config)]
+            metrics = MetricsLog(workdir, step)
+            self.last = metrics.last
+            self._sinks = [metrics, TensorBoard(workdir, step), WandB(workdir, config)]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         for sink in self._sinks:
@@ -124,8 +119,8 @@ class Log:
 
 def peak_flops() -> float | None:
     """Dense bfloat16 peak of one device, None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
+    device = known(jax.devices()[0].device_kind)
+    return device and device.flops
 
 
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:

@@ -3,16 +3,16 @@
 import dataclasses
 import logging
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgen import config as configs
 from jaxgen.data.pipeline import Source, batches, load_source, to_device
@@ -22,6 +22,7 @@ from jaxgen.families.base import Shapes
 from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
+from jaxgen.parallel.plan import compile_checked, memory
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
 from jaxgen.text import TextEncoder
@@ -30,10 +31,14 @@ from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.config import RunConfig
 from jaxgen.train.evaluation import draw, evaluate, keep_best
+from jaxgen.train.goodput import Goodput
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
 from jaxgen.train.optimizers import make_optimizer
 from jaxgen.train.state import TrainState, create, shardings
 from jaxgen.train.step import Step, make_step, to_float
+from jaxgen.train.stopping import stopping
+
+FOR_TABLES = 1_000_000  # pictures: the captions of more are not encoded ahead, on a CPU either
 
 # What may differ between the command that began a run and the one that goes on: none of it changes a step's numbers.
 MAY_CHANGE = (
@@ -48,6 +53,7 @@ MAY_CHANGE = (
     "data.threads",
     "data.keep_in_memory",
     "data.max_bad",
+    "data.max_bad_shards",
     "family.codec.source",  # moved; that it is the same one is seen by its fingerprint
 )
 
@@ -66,10 +72,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     # Input
     encoder = config.text.load(mesh)
     source = load_source(config.data)
-    in_step = config.text.in_step if config.text.in_step is not None else jax.default_backend() != "cpu"
-    if config.text.adapted and not family.draws:
-        raise UserError("text.adapt trains the text encoder, and this family reads no text: leave it out")
-    in_step = in_step or config.text.adapted or not family.draws  # captions that nobody reads cost nothing there
+    in_step = encodes_in_step(config, jax.default_backend()) or (config.text.in_step is None and len(source) > FOR_TABLES)
     reworded = source.rewritings.key if source.rewritings is not None else ""
     held_out = load_source(config.data, "validation") if config.eval.every else None
     table = None
@@ -81,21 +84,11 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     marks = fingerprints(config, frozen)
 
     # State
-    shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
-    optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh, config.text) for group in family.groups}
-    adapt = config.text.adapt
-    architecture: Any = encoder.pretrained and encoder.pretrained.architecture
-
-    def make(base: Params) -> TrainState:
-        return create(family, shapes, optimizers, config.seed, lambda key: adapt.init(key, base, architecture))
-
-    abstract = jax.eval_shape(make, encoder.params)
-    axes = with_text(family.logical_axes(shapes), adapt.axes(architecture), family.drawn[0])
-    where = shardings(abstract, axes, mesh)
-    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
+    step_fn, make, abstract, shapes = assemble(config, mesh, encoder, in_step, compute_dtype(config.train.compute_dtype))
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, config.eval.score if config.eval.every else None)
     restored = checkpoints.restore(abstract)
-    control: dict[str, Any] = {"best": None, "waited": 0, "stopped": False, "seconds": 0.0}
+    control: dict[str, Any] = {"best": None, "waited": 0, "stopped": False, "spent": {}}
     if restored is not None:
         state, meta = restored
         if meta["text_fingerprint"] != encoder.fingerprint:
@@ -132,16 +125,6 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         threads=config.data.threads,
     )
     feed = to_device(raw, batch_sharding(mesh), ready)
-    step_fn = make_step(
-        family,
-        optimizers,
-        seed=config.seed,
-        ema_decay=config.train.ema_decay,
-        accumulate=config.train.accumulate,
-        compute_dtype=compute_dtype(config.train.compute_dtype),
-        encode=encoder.apply if in_step else None,
-        adapt=adapt,
-    )
     use = f"draw with: python sample.py --workdir={workdir} --prompt=..."
     if not family.draws:
         use = f"draw in its latents with: --config.family.codec=pretrained --config.family.codec.source={workdir}"
@@ -169,6 +152,57 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     )
 
 
+class Assembly(NamedTuple):
+    """What a configuration's step is made of; nothing is computed and no data are read."""
+
+    step: Step
+    make: Callable[[Params], TrainState]  # a fresh state, from the text encoder's weights; to be jitted
+    state: TrainState  # what it makes: arrays of jax.ShapeDtypeStruct with their shardings
+    shapes: Shapes
+
+
+def assemble(config: RunConfig, mesh: Mesh, encoder: TextEncoder, in_step: bool, dtype: Any) -> Assembly:
+    """For a configuration whose family is resolved; the mesh's devices need not exist (parallel/plan.py). in_step: whether
+    the step reads captions. dtype: what it computes in."""
+    family, adapt = config.family, config.text.adapt
+    shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
+    optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh, config.text) for group in family.groups}
+    architecture: Any = encoder.pretrained and encoder.pretrained.architecture
+
+    def make(base: Params) -> TrainState:
+        return create(family, shapes, optimizers, config.seed, lambda key: adapt.init(key, base, architecture))
+
+    abstract = jax.eval_shape(make, encoder.params)
+    axes = with_text(family.logical_axes(shapes), adapt.axes(architecture), family.drawn[0])
+    where = shardings(abstract, axes, mesh)
+    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
+    step = make_step(
+        family,
+        optimizers,
+        seed=config.seed,
+        ema_decay=config.train.ema_decay,
+        accumulate=config.train.accumulate,
+        compute_dtype=dtype,
+        encode=encoder.apply if in_step else None,
+        adapt=adapt,
+    )
+    return Assembly(step, make, abstract, shapes)
+
+
+def encodes_in_step(config: RunConfig, platform: str) -> bool:
+    """Whether captions are read inside the step there, rather than once for all. Raises UserError."""
+    if config.text.adapted and not config.family.draws:
+        raise UserError("text.adapt trains the text encoder, and this family reads no text: leave it out")
+    wanted = config.text.in_step if config.text.in_step is not None else platform != "cpu"
+    return wanted or config.text.adapted or not config.family.draws  # captions that nobody reads cost nothing there
+
+
+def jitted(step: Step, where: Any) -> Any:
+    """The step as it is compiled, for a state laid out as `where`, whose arrays it takes over."""
+    mesh = jax.tree.leaves(where)[0].mesh
+    return jax.jit(on_mesh(mesh, step), donate_argnums=0, out_shardings=(where, replicated(mesh)))
+
+
 def fit(
     config: Any,
     workdir: Path,
@@ -194,39 +228,33 @@ def fit(
     config: has the sections train, sample, eval and mesh. marks: of what the state belongs to, kept with each checkpoint.
     flops: of one example of a batch in a step. draw: what is looked at every sample.every steps. use: what a finished run is
     for. unit: what an example is called. began: when the run did, by time.monotonic."""
-    mesh = jax.tree.leaves(where)[0].mesh
     step = first = int(state.step)
     batch = next(feed)
     compiling = time.monotonic()
-    compiled = (
-        jax.jit(on_mesh(mesh, step_fn), donate_argnums=0, out_shardings=(where, replicated(mesh)))
-        .lower(state, frozen, batch)
-        .compile()
-    )
+    lowered = jitted(step_fn, where).lower(state, frozen, batch)
+    compiled = compile_checked(lowered, config, jax.tree.leaves(where)[0].mesh)
     compile_s = time.monotonic() - compiling
-    memory: Any = compiled.memory_analysis()
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used = memory(compiled)
     tell(f"compiled in {compile_s:.1f} s; {used / 2**30:.2f} GiB a device")
 
     # Loop
     log = Log(workdir, step, configs.to_dict(config))
-    log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began})
+    clock = Goodput(began, control["spent"], log.last)
+    log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began, **clock.told()})
     flops_step = flops(batch) * config.train.batch_size
-    interrupted = catch_signals()
     hush_writers()
     trace = Trace(workdir, first + 10) if profile else None
-    before = control["seconds"]
-    started = since = time.monotonic()
-    since_step = step
     metrics: dict[str, jax.Array] = {}
 
     def save(metrics: dict[str, float] | None = None) -> None:
-        control["seconds"] = before + time.monotonic() - started
+        clock.to("save")
+        control["spent"] = clock.seconds()
         log.flush()
         meta = {"control": control, **marks, "config": configs.to_dict(config)}
         checkpoints.wait()
         _ = checkpoints.failed  # an earlier failure has been told: whether the run ends well, its last checkpoint decides
         checkpoints.save(state, meta, metrics)
+        clock.to("step")
 
     def stop_if_failed(metrics: dict[str, Any]) -> None:
         if int(metrics["failed"]) >= 0:
@@ -239,62 +267,67 @@ def fit(
                 " (train.init_from)"
             )
 
-    while step < config.train.steps and not control["stopped"]:
-        if metrics:
-            # One step in flight besides the running one: enough to hide the host's work, and no pile-up on a CPU.
-            jax.block_until_ready(metrics["loss"])
-        state, metrics = compiled(state, frozen, batch)
-        step += 1
-        if trace is not None:
-            trace.at(step, metrics)
-        last = step == config.train.steps
-        stopping = agreed(interrupted()) if interrupted() or jax.process_count() > 1 else False
-        if not (last or stopping):
-            batch = next(feed)
-        if step % config.train.log_every == 0 or last or stopping:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            stop_if_failed(values)
-            now = time.monotonic()
-            ms = (now - since) * 1000 / (step - since_step)
-            rate = flops_step / ms * 1000
-            values |= {"step_ms": ms, f"{unit}_per_sec": config.train.batch_size * 1000 / ms, "gflops": rate / 1e9}
-            peak = peak_flops()
-            if peak is not None:
-                values["mfu"] = rate / (peak * jax.device_count())
-            values.pop("failed")
-            log.write(step, values)
-            tell(progress_line(step, config.train.steps, values))
-            since, since_step = time.monotonic(), step
-        scores = None
-        if config.eval.every and (step % config.eval.every == 0 or last) and not stopping:
-            stop_if_failed(metrics)
-            scores = evaluate(state)
-            log.write(step, scores)
-            tell(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-            keep_best(control, config, scores)
-        if draw is not None and (step % config.sample.every == 0 or last) and not stopping:
-            stop_if_failed(metrics)
-            draw(state, step, log)
-        if step % config.train.checkpoint_every == 0 or last or stopping or scores is not None:
-            stop_if_failed(metrics)
-            save(scores)
-        if scores is not None or step % config.sample.every == 0:
-            since, since_step = time.monotonic(), step
-        if stopping:
-            break
-    done = checkpoints.wait() and not checkpoints.failed
+    with stopping() as asked_to_stop:
+        clock.to("step")
+        since, since_step = time.monotonic(), step
+        while step < config.train.steps and not control["stopped"]:
+            if metrics:
+                # One step in flight besides the running one: enough to hide the host's work, and no pile-up on a CPU.
+                jax.block_until_ready(metrics["loss"])
+            state, metrics = compiled(state, frozen, batch)
+            step += 1
+            if trace is not None:
+                trace.at(step, metrics)
+            last, stops = step == config.train.steps, asked_to_stop(step)
+            if not (last or stops):
+                batch = next(feed)
+            if step % config.train.log_every == 0 or last or stops:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                stop_if_failed(values)
+                now = time.monotonic()
+                ms = (now - since) * 1000 / (step - since_step)
+                rate = flops_step / ms * 1000
+                values |= {"step_ms": ms, f"{unit}_per_sec": config.train.batch_size * 1000 / ms, "gflops": rate / 1e9}
+                peak = peak_flops()
+                if peak is not None:
+                    values["mfu"] = rate / (peak * jax.device_count())
+                values.pop("failed")
+                log.write(step, values | clock.told())
+                tell(progress_line(step, config.train.steps, values))
+                since, since_step = time.monotonic(), step
+            scores = None
+            clock.to("look")
+            if config.eval.every and (step % config.eval.every == 0 or last) and not stops:
+                stop_if_failed(metrics)
+                scores = evaluate(state)
+                log.write(step, scores)
+                tell(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+                keep_best(control, config, scores)
+            if draw is not None and (step % config.sample.every == 0 or last) and not stops:
+                stop_if_failed(metrics)
+                draw(state, step, log)
+            clock.to("step")
+            if step % config.train.checkpoint_every == 0 or last or stops or scores is not None:
+                stop_if_failed(metrics)
+                save(scores)
+            if scores is not None or step % config.sample.every == 0:
+                since, since_step = time.monotonic(), step
+            if stops:
+                break
+        clock.to("save")
+        done = checkpoints.wait() and not checkpoints.failed
     log.flush()
     checkpoints.close()
     if trace is not None:
         trace.close()
     if not done:
         raise UserError(f"the last checkpoint of {workdir} could not be written (see above); run the same command again")
-    spent = duration(before + time.monotonic() - started)
     if step < config.train.steps and not control["stopped"]:
         tell(f"stopped at step {step} and saved; the same command goes on from here")
     else:
+        spent, share = sum(clock.seconds().values()), clock.told()["goodput"]
         why = f": {config.eval.metric} has not improved for {config.eval.patience} evaluations" if control["stopped"] else ""
-        tell(f"finished at step {step} after {spent}{why}; {use}")
+        tell(f"finished at step {step} after {duration(spent)} ({share:.0%} of it in steps){why}; {use}")
     return state
 
 
@@ -397,21 +430,6 @@ def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: A
     return TrainState(state.step, params, ema, state.opt_state, state.control)
 
 
-def catch_signals() -> Callable[[], bool]:
-    """From now on SIGTERM and SIGINT only set a mark; a second SIGINT interrupts at once."""
-    caught: list[int] = []
-
-    def handler(number: int, _: Any) -> None:
-        if number == signal.SIGINT and caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        print("stopping: saving after this step", file=sys.stderr, flush=True)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-    return lambda: bool(caught)
-
-
 def hush_writers() -> None:
     """From now on a write that fails is told once, by Checkpoints, and not by a traceback of each of Orbax's threads."""
     for name in ("absl", "asyncio"):
@@ -424,15 +442,6 @@ def hush_writers() -> None:
             shown(raised)
 
     sys.unraisablehook = hook
-
-
-def agreed(wish: bool) -> bool:
-    """Whether any process wishes to stop, the same answer on all."""
-    if jax.process_count() == 1:
-        return wish
-    from jax.experimental import multihost_utils
-
-    return bool(np.max(multihost_utils.process_allgather(np.array(wish))))
 
 
 class Trace:

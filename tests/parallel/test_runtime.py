@@ -1,3 +1,6 @@
+import http.server
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -40,3 +43,49 @@ def test_what_is_missing_is_named_with_the_command():
     runtime.require(("jax",), "train")
     with pytest.raises(UserError, match=r"nosuchpackage is not installed: run `uv sync --extra train`|jaxgen\[train\]"):
         runtime.require(("jax", "nosuchpackage"), "train")
+
+
+def test_workers_of_a_tpu_slice_are_counted_from_the_metadata():
+    told = {
+        "worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\nMEGASCALE_NUM_SLICES: '3'\n",
+    }
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            known = name in told and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(told[name].encode() if known else b"<html>")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://localhost:{server.server_port}/computeMetadata/v1/instance/"
+    try:
+        assert runtime.tpu_workers(address) == 6
+        del told["tpu-env"]
+        assert runtime.tpu_workers(address) == 2
+        told.clear()  # any other machine there
+        assert runtime.tpu_workers(address) == 1
+    finally:
+        server.shutdown()
+
+
+def test_google_clouds_machines_are_known(tmp_path):
+    assert not runtime.on_google_cloud(tmp_path)
+    (tmp_path / "sys/class/dmi/id").mkdir(parents=True)
+    (tmp_path / "sys/class/dmi/id/product_name").write_text("Google Compute Engine\n")
+    assert runtime.on_google_cloud(tmp_path)
+
+
+def test_the_end_of_another_process_is_told_from_an_error_of_this_one():
+    lost = (
+        "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"
+    )
+    assert runtime.lost_peer(jax.errors.JaxRuntimeError(lost))
+    assert not runtime.lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes."))
+    assert not runtime.lost_peer(ValueError("Gloo"))

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -262,42 +261,3 @@ def test_an_exported_model_draws_the_same(finished, tmp_path):
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(jaxgen.UserError, match="no whole safetensors file"):
         jaxgen.load(str(tmp_path / "exported"))
-
-
-def test_two_processes_of_four_devices_are_one_of_eight(place, finished):
-    overrides = ("--config.train.steps=6", "--config.mesh.data=2", "--config.mesh.fsdp=4")
-    alone = subprocess.run(
-        command(place, "alone", *overrides),
-        env=environment(place) | {"JAXGEN_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert alone.returncode == 0, alone.stderr
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for i in range(2):
-        several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
-        processes.append(
-            subprocess.Popen(
-                command(place, "pair", *overrides),
-                env=environment(place) | several | {"JAXGEN_CPU_DEVICES": "4"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        told = [process.communicate(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert "2 processes" in told[0][0]
-    ours, theirs = lines(place / "pair"), lines(place / "alone")
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose([ours[k] for k in ours], [theirs[k] for k in ours], rtol=2e-6)
-    pair, one = weights(place / "pair"), weights(place / "alone")
-    assert max(np.abs(pair[name] - one[name]).max() for name in pair) <= 1e-5

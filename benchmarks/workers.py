@@ -1,0 +1,112 @@
+"""Sides of a benchmark, each in a process and an interpreter of its own, that take turns.
+
+A side is an object: every public method but `prepare`d ones answers a command. Methods named as a kind of work return
+(run, show): `run()` does the work until its result is there, `show(result)` is the array that is compared."""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+Work = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]
+
+
+class Skip(Exception):
+    """Why a side cannot do a case."""
+
+
+def serve(side: Any) -> None:
+    """Answer commands, a JSON object a line each, until the input ends."""
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print is no answer
+    works: dict[str, Work] = {}
+    for line in sys.stdin:
+        command = json.loads(line)
+        name, variant = command.pop("do"), command.pop("variant", "")
+        answer: dict[str, Any] = {}
+        try:
+            if name == "time":
+                run = works[variant][0]
+                began = time.perf_counter()
+                for _ in range(command["count"]):
+                    run()
+                answer["seconds"] = (time.perf_counter() - began) / command["count"]
+            elif name == "show":
+                run, show = works[variant]
+                np.save(command["file"], show(run()))
+            elif name == "prepare":
+                works.pop(variant, None)
+                works[variant] = getattr(side, command.pop("kind"))(variant, **command)
+            else:
+                answer = getattr(side, name)(**command) or {}
+        except Skip as reason:
+            answer["skip"] = str(reason)
+        print(json.dumps(answer), file=out, flush=True)
+
+
+class Worker:
+    """A side's process."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], errors: Path):
+        self.errors = errors
+        with open(errors, "w") as file:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
+            )
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        try:
+            print(json.dumps(command), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            sys.exit(f"{self.process.args} ended on {str(command)[:200]}\n{self.errors.read_text()[-3000:]}")
+        return json.loads(line)
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def environment(place: Path) -> dict[str, str]:
+    """Of all sides: compiled programs are kept at `place`, and nothing is fetched."""
+    ours = ("XLA_FLAGS", "NPROC", "JAXGEN_CPU_DEVICES")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "xla"),
+        "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def rotated(variants: tuple[str, ...], rounds: int) -> Any:
+    turns = itertools.cycle([variants[i:] + variants[:i] for i in range(len(variants))])
+    return itertools.chain.from_iterable(itertools.islice(turns, rounds))
+
+
+def median(values: list[float]) -> float:
+    return float(np.median(values))
+
+
+def versions(python: str | None, packages: tuple[str, ...], parser: argparse.ArgumentParser) -> str:
+    """What stands against us; ends the program where the interpreter is none or lacks a package."""
+    if not python:
+        parser.error(f"--torch_python is missing: an interpreter with {' and '.join(packages)} in it")
+    told = ", ".join(f"{name} {{{name}.__version__}}" for name in packages)
+    try:
+        done = subprocess.run([python, "-c", f"import {', '.join(packages)}; print(f'{told}')"], capture_output=True, text=True)
+    except OSError as error:
+        parser.error(f"--torch_python: {error}")
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        parser.error(f"--torch_python={python}: {' '.join(last)}; `{python} -m pip install {' '.join(packages)}`")
+    return done.stdout.strip()
