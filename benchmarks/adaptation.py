@@ -31,7 +31,7 @@ WAYS = {
     "prefix": ("text.adapt=prefix", ADDED),
     "last-2": ("text.adapt=last_layers", "text.adapt.count=2", TRAINED),
     "full": ("text.adapt=full", TRAINED),
-    "scratch": ("text.adapt=full", "text.adapt_learning_rate_scale=1.0"),
+    "scratch": ("text.adapt=full", "text.adapt_learning_rate_scale=0.1"),  # at 1 it forgets to tell words apart
 }
 SPLITS = ("test", "test_paraphrases")
 
