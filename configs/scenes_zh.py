@@ -4,8 +4,8 @@
     uv run train.py --config=configs/scenes_zh.py --workdir=runs/scenes_zh
 
 Not measured yet as it stands. With the encoder at the generator's own rate (adapt_learning_rate_scale=1.0, AdamW at 2e-3) it
-fell into one state for all words: after 4,000 steps the shapes are clean and not those that were asked for (0.1% of 1,000 `test`
-captions). The encoder knows the words of these captions and no others.
+fell into one state for all words: after 4,000 steps the shapes are clean and not those that were asked for (0.1% of 1,000
+captions of `test`). The encoder knows the words of these captions and no others.
 
 To score it: python benchmarks/accuracy.py --workdir=runs/scenes_zh --splits=test,test_zh
 """
