@@ -33,7 +33,7 @@ def problems() -> dict[str, dict[str, Any]]:
         "unet": {"network": quick, "size": 32, "batch": 16},
         "dit_130m": {"network": base, "size": 32, "batch": 256},
         "dit_xl": {"network": large, "size": 32, "batch": 64},
-        "tiny": {"network": Transformer(width=32, depth=1, head_dim=16, patch=8), "size": 16, "batch": 4},
+        "tiny": {"network": Transformer(width=32, depth=1, head_dim=16, patch=8), "size": 16, "batch": 8},
     }
 
 

@@ -3,7 +3,7 @@
     python train.py --config=configs/coco_dit_xl_tpu.py --workdir=gs://BUCKET/coco --config.data.dir=gs://BUCKET/data
 
 Nobody has run it: it is meant as the place to start from. `python -m jaxgen.parallel.plan --config=… --topology=v5e:16x16` says
-what it takes; with heads of 64, four chips (v5e:2x2) and 32 pictures a chip that was 10.0 GiB of 16, 48% MFU.
+what it takes; with heads of 64, four chips (v5e:2x2) and 32 pictures a chip that was 10.0 GiB of 16, 48.2% MFU.
 Preparing tfds:coco_captions asks for the extra `tf` once.
 """
 

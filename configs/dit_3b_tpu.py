@@ -2,10 +2,9 @@
 
     python train.py --config=configs/dit_3b_tpu.py --workdir=gs://BUCKET/dit_3b --config.data.dir=gs://BUCKET/data
 
-Nobody has run it: it is meant as the place to start from, with a larger set of pictures than COCO's. What
-`python -m jaxgen.parallel.plan --config=configs/dit_3b_tpu.py --topology=v5e:16x16` says of 256 chips (bfloat16, 16 pictures a
-chip): 5.4 GiB of 16 a chip, 713 ms a step, 49.8% MFU, no all-to-all. Memory is left for a larger batch, which hides more of
-what gathering weights takes.
+Nobody has run it: it is meant as the place to start from, with a larger set of pictures than COCO's. Planned for v5e:16x16
+(256 chips, bfloat16, 16 pictures a chip, the text encoder whole on each; docs/scaling.md): 5.4 GiB of 16 a chip, 713 ms a step,
+49.8% MFU, no all-to-all. Memory is left for a larger batch, which hides more of what gathering weights takes.
 """
 
 from jaxgen.data.config import DataConfig

@@ -4,12 +4,14 @@ import importlib
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgen.data.scenes import KINDS, caption, example, render
 from jaxgen.errors import UserError
 from jaxgen.evaluate.verifier import verify
+from jaxgen.text.features import TextFeatures
 
 DIRECTORY = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -166,3 +168,20 @@ def test_which_families(bench):
         bench.chosen("gam", {})
     with pytest.raises(UserError, match="'flow' is no FAMILY=DIRECTORY"):
         bench.pairs("flow")
+
+
+def test_what_the_peer_is_given_is_what_our_step_draws(tmp_path):
+    """Times, noise, weights and texts of a problem, from which PyTorch computes its losses, give ours."""
+    ours = module("generators").Ours.__new__(module("generators").Ours)  # without starting JAX anew
+    problem = ours.write("tiny", str(tmp_path / "problem.npz"), bfloat16=False)
+    held = np.load(tmp_path / "problem.npz")
+    run, show = ours.train("ours", drawn=False)
+    given = {name: held[name][0] for name in ("image", "hidden", "pooled", "mask", "t", "noise")}
+    image, at = given["image"] / np.float32(127.5) - 1, given["t"][:, None, None, None]
+    text = TextFeatures(given["hidden"], given["pooled"], given["mask"])
+    clean = ours.family._predict(ours.params, jnp.asarray((1 - at) * image + at * given["noise"]), given["t"], text)
+    weight = 1 / np.maximum(given["t"], problem["loss_min_time"]) ** 2
+    expected = np.mean(np.mean(np.square(clean - image), (1, 2, 3)) * weight)
+    assert show(run()) == pytest.approx(expected, rel=1e-5)
+    assert not np.any([np.all(held[name] == 0) for name in held.files if name.startswith("weight:")])
+    assert problem["parameters"] == sum(held[name].size for name in held.files if name.startswith("weight:"))

@@ -3,9 +3,9 @@
 Many threads may read at once; over HTTP each keeps its connection."""
 
 import functools
+import http.client
 import os
 import random
-import socket
 import ssl
 import threading
 import time
@@ -100,72 +100,51 @@ def _local(path: str, offset: int, length: int) -> bytes:
 def _http(url: str, offset: int, length: int) -> tuple[bytes, int]:
     """(the part, bytes of the whole file). Not HEAD for the size: signed addresses and some servers refuse it, and this also
     says whether parts are served."""
-    lines = _here.__dict__.setdefault("lines", {})
     for _ in range(REDIRECTS):
         scheme, host, target = _address(url)
-        line = lines.pop((scheme, host), None)
-        try:
-            status, head, data = (line or (line := _Line(scheme, host))).get(target, offset, length)
-        except ConnectionAbortedError:  # it had been idle for too long
-            line = _Line(scheme, host)
-            status, head, data = line.get(target, offset, length)
-        if status == 206:
-            if head.get("connection", "").lower() != "close":
-                lines[scheme, host] = line
-            return data, int(head["content-range"].rpartition("/")[2])
-        if status not in (301, 302, 303, 307, 308):
+        answer, data = _get(scheme, host, target, offset, length)
+        if answer.status == 206:
+            return data, int(answer.headers["Content-Range"].rpartition("/")[2])
+        if answer.status not in (301, 302, 303, 307, 308):
             break
-        url = urllib.parse.urljoin(url, head["location"])
-    if status in PASSING:
-        raise OSError(f"HTTP status {status}")
+        url = urllib.parse.urljoin(url, answer.headers["Location"])
+    if answer.status in PASSING:
+        raise OSError(f"HTTP status {answer.status}")
     why = {
         200: "its server does not serve parts of files (HTTP ranges)",
         416: "shorter than it was, or empty (HTTP status 416)",
     }
-    raise Lost(why.get(status, f"HTTP status {status}"))
+    raise Lost(why.get(answer.status, f"HTTP status {answer.status}"))
 
 
-class _Line:
-    """A connection that one thread keeps. http.client and what builds on it take ten times as long over the head of an answer,
-    which then costs as much as decoding the picture behind it."""
-
-    def __init__(self, scheme: str, host: str):
-        where = urllib.parse.urlsplit(f"{scheme}://{host}")
-        name, port = where.hostname or "", where.port or {"http": 80, "https": 443}[scheme]
-        self._socket = socket.create_connection((name, port), TIMEOUT)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if scheme == "https":
-            self._socket = _tls().wrap_socket(self._socket, server_hostname=name)
-        self._host, self._used = host, False
-
-    def get(self, target: str, offset: int, length: int) -> tuple[int, dict[str, str], bytes]:
-        """(status, head, the part); of an answer other than 206 the content is left where it is, and the line with it."""
-        asked = f"Range: bytes={offset}-{offset + length - 1}\r\nAccept-Encoding: identity\r\nUser-Agent: jaxgen"
-        data, used, self._used = b"", self._used, True
+def _get(scheme: str, host: str, target: str, offset: int, length: int) -> tuple[http.client.HTTPResponse, bytes]:
+    """An answer and, where it is one, the part; the thread keeps the connection for the next."""
+    kept = _here.__dict__.setdefault("connections", {})
+    connection = kept.pop((scheme, host), None)
+    for old in (True, False) if connection is not None else (False,):
+        connection = connection if old else _connection(scheme, host)
         try:
-            self._socket.sendall(f"GET {target} HTTP/1.1\r\nHost: {self._host}\r\n{asked}\r\n\r\n".encode())
-            while (end := data.find(b"\r\n\r\n")) < 0:
-                more = self._socket.recv(2**16)
-                if not more:
-                    raise ConnectionResetError("the server hung up")
-                data += more
-        except ConnectionError as error:
-            raise (ConnectionAbortedError if used and not data else ConnectionResetError)(*error.args) from error
-        first, *rest = data[:end].decode("latin-1").split("\r\n")
-        head = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
-        status = int(first.split(" ")[1])
-        if status != 206:
-            return status, head, b""
-        content = bytearray(int(head["content-length"]))
-        have = len(data) - end - 4
-        content[:have] = data[end + 4 :]
-        view = memoryview(content)
-        while have < len(content):
-            more = self._socket.recv_into(view[have:])
-            if not more:
-                raise ConnectionResetError(f"the server hung up after {have} of {len(content)} bytes")
-            have += more
-        return status, head, bytes(content)
+            asked = {"Range": f"bytes={offset}-{offset + length - 1}", "User-Agent": "jaxgen"}
+            connection.request("GET", target, headers=asked)
+            answer = connection.getresponse()
+            break
+        except (http.client.RemoteDisconnected, ConnectionError):
+            connection.close()
+            if not old:  # else it had been idle for too long
+                raise
+    data = answer.read() if answer.status == 206 else b""
+    if answer.status == 206 and not answer.will_close:
+        kept[scheme, host] = connection
+    else:  # what else came is left unread, and the connection with it
+        connection.close()
+    return answer, data
+
+
+def _connection(scheme: str, host: str) -> http.client.HTTPConnection:
+    # http.client rather than urllib3: it takes half as long over an answer's head, and a small picture costs little more.
+    if scheme == "https":
+        return http.client.HTTPSConnection(host, timeout=TIMEOUT, context=_tls())
+    return http.client.HTTPConnection(host, timeout=TIMEOUT)
 
 
 _here = threading.local()

@@ -21,8 +21,8 @@ from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
 from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
+from jaxgen.parallel.memory import compile_checked, memory
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
-from jaxgen.parallel.plan import compile_checked, memory
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
 from jaxgen.text import TextEncoder

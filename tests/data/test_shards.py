@@ -296,9 +296,9 @@ def test_waits_grow_and_end(server, monkeypatch):
 
 
 def test_connections_are_kept_and_made_anew_where_they_are_gone(server, monkeypatch):
-    waits, made, init = [], [], remote._Line.__init__
+    waits, made, make = [], [], remote._connection
     monkeypatch.setattr(remote.time, "sleep", waits.append)
-    monkeypatch.setattr(remote._Line, "__init__", lambda line, *where: made.append(where) or init(line, *where))
+    monkeypatch.setattr(remote, "_connection", lambda *where: made.append(where) or make(*where))
     server.files = {"a b?.tar": bytes(range(256)) * 4000}
     for k in range(5):
         assert remote.read(server.url("a b%3F.tar"), 255 + k, 500_000) == server.files["a b?.tar"][255 + k :][:500_000]

@@ -14,7 +14,7 @@ from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes
 from jaxgen.families.flow import Flow
 from jaxgen.families.transformer import Transformer
-from jaxgen.parallel import hlo, plan, probe
+from jaxgen.parallel import hlo, memory, plan, probe
 from jaxgen.parallel.devices import Device
 from jaxgen.parallel.mesh import MeshConfig, lay_out, make_mesh
 from jaxgen.text.config import TextConfig
@@ -221,7 +221,7 @@ def test_running_out_while_compiling_is_told_in_the_same_line():
             raise RuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm. Exceeded hbm capacity by 4.25G.")
 
     with pytest.raises(UserError, match=r"takes 20.00 GiB a device and 15.75 are there: try --config.train.batch_size=12"):
-        plan.compile_checked(Lowered(), config(), make_mesh(config().mesh))
+        memory.compile_checked(Lowered(), config(), make_mesh(config().mesh))
 
 
 def test_the_largest_batch_is_found_along_a_line():
