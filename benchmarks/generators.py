@@ -292,9 +292,10 @@ class Driver:
 
 
 def _peak(kind: str) -> float | None:
-    from jaxgen.train.logging import PEAKS
+    from jaxgen.parallel.devices import known
 
-    return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
+    device = known(kind)
+    return device and device.flops
 
 
 def _commit() -> str:

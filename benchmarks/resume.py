@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxgen.train.goodput import TOLD
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 from jaxgen.data.config import DataConfig
@@ -38,7 +40,7 @@ def get_config():
         optimizer=OptimizerConfig(warmup_steps=20),
     )
 """
-TIMED = ("step_ms", "images_per_sec", "gflops", "mfu")  # of a training line
+TIMED = ("step_ms", "images_per_sec", "gflops", "mfu", *TOLD)  # of a training line
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax names a checkpoint so until it is whole
 # Kinds of moments and their shares; what is left of the kills meets a step.
 SHARES = {"saving": 0.35, "start-up": 0.15, "restoring": 0.15, "compiling": 0.1}

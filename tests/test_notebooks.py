@@ -94,7 +94,7 @@ def test_colab_goes_on_after_its_session_died(tmp_path):
         (
             {"jax": "0.10.2", "jaxlib": "0.10.2", "jax-cuda12-plugin": "0.10.2", "nvidia-cudnn-cu12": "9.1", "numpy": "2.0"},
             [],
-            ["jax-cuda12-plugin==0.10.2", "jax==0.10.2", "jaxlib==0.10.2"],
+            ["jax==0.10.2", "jax-cuda12-plugin==0.10.2", "jaxlib==0.10.2"],
         ),
         ({"jax": "0.11.1", "jaxlib": "0.11.1", "libtpu": "0.0.40"}, [], ["jax==0.11.1", "jaxlib==0.11.1", "libtpu==0.0.40"]),
         # An older or newer one is exchanged together with what belongs to it.

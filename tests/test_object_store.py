@@ -28,9 +28,10 @@ from jaxgen.parallel.mesh import MeshConfig
 from jaxgen.storage import as_path, write_text
 from jaxgen.train import loop
 from jaxgen.train.config import EvalConfig, RunConfig, SampleConfig, TrainConfig
+from jaxgen.train.goodput import TOLD
 
 PROMPTS = ("shade 3", "shade 30")
-CLOCK = ("step_ms", "images_per_sec", "gflops", "compile_s", "startup_s", "peak_memory_bytes")
+CLOCK = ("step_ms", "images_per_sec", "gflops", "compile_s", "startup_s", "peak_memory_bytes", *TOLD)
 
 
 class Upload(io.BytesIO):

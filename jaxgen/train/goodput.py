@@ -7,6 +7,7 @@ from typing import Any
 # What time goes to: steps that count; the way from a start to its first step; saves that the loop waits for; evaluations and
 # samples; steps after the checkpoint that was gone on from; nothing running, after a crash.
 PHASES = ("step", "restart", "save", "look", "lost", "down")
+TOLD = ("goodput", *(f"{phase}_s" for phase in PHASES), "told_at")  # of a line of metrics.jsonl
 
 
 class Goodput:

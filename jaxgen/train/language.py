@@ -164,7 +164,7 @@ class Texts:
 
     made: ClassVar = {}  # a batch has no pictures
     size = stored = 0
-    flip, in_memory, rewritings = False, True, None
+    flip, in_memory, rewritings, shards, threads = False, True, None, None, 1
 
     def __init__(self, rows: Sequence[Rows]):
         self.captions_of = rows.__getitem__
