@@ -4,7 +4,6 @@ The peer is generators_torch.py. Both sides load the same weights, texts, pictur
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -285,9 +284,14 @@ class Driver:
             from jaxgen.storage import as_path, write_json
 
             settings = {name: value for name, value in vars(self.arguments).items() if name != "worker"}
-            commit = _commit()
-            report = {"against": self.against, "commit": commit, "settings": settings, "rows": self.rows, "wrong": self.wrong}
-            write_json(as_path(self.arguments.json), json.loads(json.dumps(report)))
+            report = {
+                "against": self.against,
+                "commit": _commit(),
+                "settings": settings,
+                "rows": self.rows,
+                "wrong": self.wrong,
+            }
+            write_json(as_path(self.arguments.json), report)
         sys.exit(bool(self.wrong))
 
 

@@ -28,9 +28,7 @@ TARGETS = {"cold": 60.0, "warm": 10.0}  # seconds
 class Starts:
     def __init__(self, place: Path, arguments: argparse.Namespace):
         self.place, self.arguments = place, arguments
-        self.environment = environment(place) | {"JAXGEN_CPU_DEVICES": os.environ.get("JAXGEN_CPU_DEVICES", "")}
-        if not self.environment["JAXGEN_CPU_DEVICES"]:
-            del self.environment["JAXGEN_CPU_DEVICES"]
+        self.environment = environment(place)
 
     def ours(self, kind: str) -> float:
         """Seconds until train.py has told of its first step."""

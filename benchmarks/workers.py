@@ -1,6 +1,6 @@
 """Sides of a benchmark, each in a process and an interpreter of its own, that take turns.
 
-A side is an object: every public method but `prepare`d ones answers a command. Methods named as a kind of work return
+A side is an object whose methods answer commands. One that a command prepares, by the name of its kind of work, returns
 (run, show): `run()` does the work until its result is there, `show(result)` is the array that is compared."""
 
 import argparse

@@ -15,7 +15,8 @@ import pytest
 
 import jaxgen.model
 import sample
-from tests.train.test_run import assert_same, command, environment
+from tests.train.runs import command, environment
+from tests.train.test_run import assert_same
 from tests.train.test_start import begin, call, refused, saved, site
 
 # Where not even root may write: sysfs takes no new directories, and macOS seals its system.

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxgen.data.recipe import Recipe, decode
 from jaxgen.errors import UserError
+from jaxgen.parallel.runtime import synchronise
 from jaxgen.storage import Path, as_path, copy_whole, explain, is_full, is_remote, write_json
 
 VERSION = "1.0.0"
@@ -93,9 +94,7 @@ def prepare(name: str, recipe: Recipe, root: Path) -> Any:
     if is_remote(root) and jax.process_index() == 0 and not (shared / INFO).exists():
         copy_whole(directory, shared, last=INFO)
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"prepared {name}")
+        synchronise(f"prepared {name}")
         if is_remote(root) and not (directory / INFO).exists():
             copy_whole(shared, directory, last=INFO)
         builder = Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")

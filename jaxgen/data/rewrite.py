@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxgen.data.config import DataConfig, RewriteConfig
 from jaxgen.errors import UserError
+from jaxgen.parallel.runtime import synchronise
 from jaxgen.storage import Path, as_path, write_json
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def rewritings(config: DataConfig, captions: Iterable[str]) -> Rewritings:
     except UserError as error:
         raise UserError(f"data.rewrite: {str(error).replace('text.source', 'data.rewrite.source')}") from None
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"rewritten {name}")
+        synchronise(f"rewritten {name}")
         known = _read(path, key)
     return Rewritings({caption: known[caption] for caption in unique}, wanted.share, name)
 

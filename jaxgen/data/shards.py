@@ -26,6 +26,7 @@ import numpy as np
 from jaxgen.data import remote
 from jaxgen.data.remote import Lost
 from jaxgen.errors import UserError
+from jaxgen.parallel.runtime import synchronise
 from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
 
 VERSION = 1
@@ -249,11 +250,11 @@ def index(shards: ShardSet, root: Path) -> Index:
         }
         share = wanted[jax.process_index() :: jax.process_count()]
         _scan_all(shards, share, parts, losses)
-        _synchronise(f"looked through {name}")
+        synchronise(f"looked through {name}")
         _scan_all(shards, wanted, parts, losses)  # nothing is left to do where the hosts share `root`
         if jax.process_index() == 0:
             _join(shards, [(url, parts[url]) for url, _ in wanted], directory)
-        _synchronise(f"indexed {name}")
+        synchronise(f"indexed {name}")
         if not (directory / INDEX).exists():
             _join(shards, [(url, parts[url]) for url, _ in wanted], directory)
     found = Index(directory, shards)
@@ -391,13 +392,6 @@ def _everywhere(here: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.all(multihost_utils.process_allgather(np.array(here))))
-
-
-def _synchronise(what: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
 
 
 def _check_alike(directory: Path, found: Index) -> None:

@@ -74,6 +74,14 @@ def together() -> Generator[None]:
         os._exit(status)
 
 
+def synchronise(what: str) -> None:
+    """Waits until all processes have come to the same place; with one process it does nothing."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
 def lost_peer(error: BaseException) -> bool:
     """Whether an error of XLA's is another process's end, as seen from here."""
     signs = (

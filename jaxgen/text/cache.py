@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxgen.errors import UserError
 from jaxgen.storage import Path, write_bytes, write_json
@@ -75,6 +74,8 @@ def _encode(encoder: TextEncoder, captions: Sequence[str], tokens: np.ndarray) -
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = encoder.params
     if jax.process_count() > 1:  # each has its own slices, and encodes by itself
+        from jax.experimental import multihost_utils
+
         params = multihost_utils.process_allgather(params, tiled=True)
     params = jax.device_put(params, whole)
     apply = jax.jit(encoder.apply)

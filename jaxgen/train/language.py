@@ -38,10 +38,9 @@ from jaxgen.text.expand import continued
 from jaxgen.text.generate import LanguageModel, save_language_model
 from jaxgen.train.checkpoints import Checkpoints
 from jaxgen.train.config import EvalConfig, OptimizerConfig, TrainConfig
-from jaxgen.train.loop import claim, fit, is_finished, tell
+from jaxgen.train.loop import claim, fit, is_finished, step_of, tell
 from jaxgen.train.optimizers import make_optimizer
-from jaxgen.train.state import TrainState, create, shardings
-from jaxgen.train.step import make_step
+from jaxgen.train.state import TrainState, abstract_state, create
 
 HELD_OUT = 20  # of a plain text one example in so many, chosen by what it says, is for validation
 Rows = list[list[int]]
@@ -232,9 +231,8 @@ def _run(
         nothing: Any = None
         return create(family, nothing, optimizers, config.seed, lambda key: adapt.init(key, base, architecture))
 
-    abstract = jax.eval_shape(make, base)
-    where = shardings(abstract, with_text({"model": {}}, adapt.axes(architecture), "model"), mesh)
-    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
+    abstract = abstract_state(make, base, with_text({"model": {}}, adapt.axes(architecture), "model"), mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     score = config.eval.score if config.eval.every else None
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints, score)
     restored = checkpoints.restore(abstract)
@@ -293,14 +291,7 @@ def _run(
         state = fit(
             config,
             workdir,
-            make_step(
-                family,
-                optimizers,
-                seed=config.seed,
-                ema_decay=config.train.ema_decay,
-                accumulate=config.train.accumulate,
-                compute_dtype=dtype,
-            ),
+            step_of(config, family, optimizers, dtype),
             state,
             frozen,
             to_device(feed(Texts(rows), config.seed, int(state.step)), batch_sharding(mesh), ready),

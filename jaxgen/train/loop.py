@@ -34,7 +34,7 @@ from jaxgen.train.evaluation import draw, evaluate, keep_best
 from jaxgen.train.goodput import Goodput
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
 from jaxgen.train.optimizers import make_optimizer
-from jaxgen.train.state import TrainState, create, shardings
+from jaxgen.train.state import TrainState, abstract_state, create
 from jaxgen.train.step import Step, make_step, to_float
 from jaxgen.train.stopping import stopping
 
@@ -72,7 +72,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     # Input
     encoder = config.text.load(mesh)
     source = load_source(config.data)
-    in_step = encodes_in_step(config, jax.default_backend()) or (config.text.in_step is None and len(source) > FOR_TABLES)
+    in_step = encodes_in_step(config, jax.default_backend(), len(source))
     reworded = source.rewritings.key if source.rewritings is not None else ""
     held_out = load_source(config.data, "validation") if config.eval.every else None
     table = None
@@ -122,7 +122,6 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         caption_dropout=config.text.dropout,
-        threads=config.data.threads,
     )
     feed = to_device(raw, batch_sharding(mesh), ready)
     use = f"draw with: python sample.py --workdir={workdir} --prompt=..."
@@ -172,28 +171,29 @@ def assemble(config: RunConfig, mesh: Mesh, encoder: TextEncoder, in_step: bool,
     def make(base: Params) -> TrainState:
         return create(family, shapes, optimizers, config.seed, lambda key: adapt.init(key, base, architecture))
 
-    abstract = jax.eval_shape(make, encoder.params)
     axes = with_text(family.logical_axes(shapes), adapt.axes(architecture), family.drawn[0])
-    where = shardings(abstract, axes, mesh)
-    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, where)
-    step = make_step(
+    step = step_of(config, family, optimizers, dtype, encode=encoder.apply if in_step else None, adapt=adapt)
+    return Assembly(step, make, abstract_state(make, encoder.params, axes, mesh), shapes)
+
+
+def step_of(config: Any, family: Any, optimizers: dict[str, Any], dtype: Any, **text: Any) -> Step:
+    """make_step's, as the configuration of a run of any kind has it. text: its arguments `encode` and `adapt`."""
+    return make_step(
         family,
         optimizers,
         seed=config.seed,
         ema_decay=config.train.ema_decay,
         accumulate=config.train.accumulate,
         compute_dtype=dtype,
-        encode=encoder.apply if in_step else None,
-        adapt=adapt,
+        **text,
     )
-    return Assembly(step, make, abstract, shapes)
 
 
-def encodes_in_step(config: RunConfig, platform: str) -> bool:
-    """Whether captions are read inside the step there, rather than once for all. Raises UserError."""
+def encodes_in_step(config: RunConfig, platform: str, pictures: int = 0) -> bool:
+    """Whether captions of so many pictures are read inside the step there, rather than once for all. Raises UserError."""
     if config.text.adapted and not config.family.draws:
         raise UserError("text.adapt trains the text encoder, and this family reads no text: leave it out")
-    wanted = config.text.in_step if config.text.in_step is not None else platform != "cpu"
+    wanted = config.text.in_step if config.text.in_step is not None else platform != "cpu" or pictures > FOR_TABLES
     return wanted or config.text.adapted or not config.family.draws  # captions that nobody reads cost nothing there
 
 
@@ -341,14 +341,18 @@ def is_finished(config: Any, workdir: Path, step: int, control: dict[str, Any]) 
 
 def precomputed(config: RunConfig, source: Source, frozen: Params) -> dict[str, np.ndarray] | None:
     """What the family makes of the pictures, from files beside the set; None where it sees them, or makes it in the step."""
-    wanted, codec = config.data.precompute, getattr(config.family, "codec", None)
-    if wanted is None:
-        wanted = jax.default_backend() == "cpu" and not source.crop
-    if codec is None or not wanted:
+    if not precomputes(config, jax.default_backend(), source.crop):
         return None
+    codec: Any = getattr(config.family, "codec", None)
     make = lambda frozen, image: config.family.precompute(frozen, to_float(image))  # noqa: E731
     key = {"codec": configs.to_dict(codec) | {"source": ""}, "weights": fingerprints(config, frozen)}
     return precompute(config.data, source, make, frozen, key)
+
+
+def precomputes(config: RunConfig, platform: str, crop: bool) -> bool:
+    """Whether what the family's codec makes of the pictures is kept there, ahead of the steps. crop: whether they are."""
+    wanted = config.data.precompute if config.data.precompute is not None else platform == "cpu" and not crop
+    return wanted and getattr(config.family, "codec", None) is not None
 
 
 def tell(line: str) -> None:

@@ -59,6 +59,13 @@ def create(
     )
 
 
+def abstract_state(make: Callable[[Params], TrainState], base: Params, axes: Params, mesh: Mesh) -> TrainState:
+    """What `make(base)` gives: jax.ShapeDtypeStructs, laid out on the mesh by the parameters' logical axes."""
+    state = jax.eval_shape(make, base)
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, state, shardings(state, axes, mesh))
+
+
 def shardings(state: TrainState, axes: Params, mesh: Mesh) -> Any:
     """The state's tree with a NamedSharding in each array's place; `state` may be abstract.
 

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Generator
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxgen.parallel.runtime import METADATA, on_google_cloud
 
@@ -35,11 +36,6 @@ def stopping(notice: str | None = None) -> Generator[Callable[[int], bool]]:
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def ask(step: int) -> bool:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step) if several else bool(caught)
-
     # With several processes SIGTERM belongs to JAX, which has caught it since jax.distributed.initialize.
     numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, handler) for number in numbers}
@@ -48,7 +44,7 @@ def stopping(notice: str | None = None) -> Generator[Callable[[int], bool]]:
     if address:
         threading.Thread(target=_watch, args=(address, ended), daemon=True, name="preemption").start()
     try:
-        yield ask
+        yield multihost_utils.reached_preemption_sync_point if several else lambda _: bool(caught)
     finally:
         ended.set()
         for number, old in before.items():

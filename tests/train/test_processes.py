@@ -1,23 +1,18 @@
 """Several processes as one run: the same numbers as of one, and the end of one of them."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import jaxgen
-from jaxgen.nn.module import flatten
 from jaxgen.parallel.launch import launch
 from jaxgen.text.scratch import scene_captions, write
+from tests.train.runs import command, environment, weights
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 from jaxgen.data.config import DataConfig
 from jaxgen.families.flow import Flow
@@ -42,16 +37,6 @@ def place(tmp_path_factory):
     write(place / "text", scene_captions(("en",)))  # a text encoder that takes no time
     (place / "tiny.py").write_text(CONFIG.format(data=str(place / "data"), text=str(place / "text")))
     return place
-
-
-def command(place, name, *more):
-    return [sys.executable, str(ROOT / "train.py"), f"--config={place / 'tiny.py'}", f"--workdir={place / name}", *more]
-
-
-def environment(place, devices):
-    keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
-    keep |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(place / "xla")}
-    return keep | {"JAXGEN_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
 
 
 class Pair:
@@ -89,10 +74,6 @@ class Pair:
 def lines(workdir):
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {(line["step"], name): line[name] for line in found for name in ("loss", "eval/loss") if name in line}
-
-
-def weights(workdir):
-    return {name: np.asarray(leaf) for name, leaf in flatten(jaxgen.load(str(workdir)).params)}
 
 
 def test_two_processes_of_four_devices_are_one_of_eight(place, capfd):

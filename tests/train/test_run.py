@@ -1,13 +1,11 @@
 """Whole runs through the two scripts, as a user makes them: killed, damaged, gone on with, drawn from."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +13,9 @@ from cv2 import imread
 
 import jaxgen
 from jaxgen.evaluate.pictures import read_metadata
-from jaxgen.nn.module import flatten
 from jaxgen.storage import as_path
+from tests.train.runs import ROOT, command, environment, weights
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 from jaxgen.data.config import DataConfig
 from jaxgen.families.flow import Flow
@@ -43,16 +40,6 @@ def place(tmp_path_factory):
     return place
 
 
-def command(place, name, *more):
-    return [sys.executable, str(ROOT / "train.py"), f"--config={place / 'tiny.py'}", f"--workdir={place / name}", *more]
-
-
-def environment(place):
-    keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
-    keep |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiled quickly rather than well
-    return keep | {"JAXGEN_CPU_DEVICES": "2", "JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "PYTHONPATH": str(ROOT)}
-
-
 def train(place, name, *more):
     return subprocess.run(command(place, name, *more), env=environment(place), capture_output=True, text=True, timeout=300)
 
@@ -60,10 +47,6 @@ def train(place, name, *more):
 def lines(workdir):
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in found if "loss" in line}
-
-
-def weights(workdir):
-    return {name: np.asarray(leaf) for name, leaf in flatten(jaxgen.load(str(workdir)).params)}
 
 
 def assert_same(workdir, other):
