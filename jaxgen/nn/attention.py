@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgen.nn.layers import RMSNorm, zeros
+from jaxgen.nn.layers import RMSNorm, matmul, zeros
 from jaxgen.nn.module import param
 from jaxgen.parallel.mesh import constrain
 
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         return k if rotary is None else rotate(k, *rotary), _project(x, self.v)
 
     def _merge(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        return constrain(merge_heads(y) @ self.out[...].astype(x.dtype).reshape(-1, x.shape[-1]), "embed")
+        return constrain(matmul(merge_heads(y), self.out[...].astype(x.dtype).reshape(-1, x.shape[-1])), "embed")
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -190,4 +190,4 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def _project(x: jax.Array, kernel: nnx.Param) -> jax.Array:
     """[B, T, D] by [D, H, d] -> [B, H, T, d]."""
     d, h, k = kernel.shape
-    return split_heads(x @ kernel[...].astype(x.dtype).reshape(d, h * k), h)
+    return split_heads(matmul(x, kernel[...].astype(x.dtype).reshape(d, h * k)), h)

@@ -23,7 +23,7 @@ class Linear(nnx.Module):
         self.out_axis = axes[1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = constrain(x @ self.kernel[...].astype(x.dtype), self.out_axis)
+        y = constrain(matmul(x, self.kernel[...].astype(x.dtype)), self.out_axis)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -91,6 +91,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return self.down(dropout(jax.nn.gelu(self.up(x), approximate=True), self.dropout, key))
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] @ kernel [in, out] as a product of two matrices: the gradient of one with more axes is compiled to transposed
+    copies on a CPU."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def standardise(x: jax.Array, eps: float) -> jax.Array:
