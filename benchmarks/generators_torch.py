@@ -4,6 +4,7 @@ At its best as far as its manuals tell: torch.compile (max-autotune with CUDA gr
 channels-last convolutions, fused AdamW, averages by foreach, bfloat16 autocast where it is native, all threads, nothing read
 back in a step. Modules are named as jaxgen's, so that weights move over by name."""
 
+import copy
 import itertools
 import os
 
@@ -289,15 +290,13 @@ class Torch:
         weights = {name.removeprefix("weight:"): held[name] for name in held.files if name.startswith("weight:")}
         self.model.load_state_dict(dict(theirs(name, value) for name, value in weights.items()))
         self.model.to(DEVICE)
-        self.initial = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         names = ("image", "hidden", "pooled", "mask", "t", "noise")
         self.batches = [[torch.from_numpy(held[name][i]).to(DEVICE) for name in names] for i in range(len(held["t"]))]
         self.dtype = torch.bfloat16 if problem["bfloat16"] else torch.float32
 
     def train(self, variant: str, drawn: bool) -> Work:
         """run: one step. With `drawn`, times and noise are drawn in it, else they are the batch's; show: its loss."""
-        c, model = self.problem, self.model
-        model.load_state_dict(self.initial)
+        c, model = self.problem, copy.deepcopy(self.model)  # each variant trains its own
         model.train()
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -340,7 +339,6 @@ class Torch:
     def sample(self, variant: str, count: int, steps: int, guidance: float, shift: float) -> Work:
         """run: `count` pictures by Euler's steps with guidance; show: the pictures in [-1, 1]."""
         model = self.model
-        model.load_state_dict(self.initial)
         model.eval()
         _, hidden, pooled, mask, _, noise = (x[:count] for x in self.batches[0])
         none = [x[:1].expand_as(x) for x in self.batches[1][1:4]]

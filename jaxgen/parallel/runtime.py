@@ -1,6 +1,7 @@
 """Starting JAX for a run: processes, virtual CPU devices, compile cache, precision, and a check that nothing is unseen."""
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -23,18 +24,22 @@ def start(allow_cpu: bool = False) -> None:
     """Call once, before the first device is asked for.
 
     Joins the other processes when the environment names them, gives a CPU one device a core (a measured win: XLA uses
-    the cores better so), keeps compiled programs on disk, and raises UserError where the host has an accelerator that
-    JAX does not see."""
+    the cores better so), keeps freed memory and, on disk, compiled programs, and raises UserError where the host has an
+    accelerator that JAX does not see."""
+    keep_memory()
     cpu_only = os.environ.get("JAX_PLATFORMS", "") == "cpu"
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAXGEN_CPU_DEVICES", 0)) or cores())
-    # XLA's pool has a thread a core; devices that meet in a collective each hold one while others still compute, and
-    # with none to spare they wait for ever.
-    os.environ.setdefault("NPROC", str(2 * cores()))
+    devices = int(os.environ.get("JAXGEN_CPU_DEVICES", 0)) or cores()
+    distributed = multi_host(os.environ)
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not forced:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if forced or devices > 1 or distributed is not None:
+        # XLA's pool has a thread a core; devices that meet in a collective each hold one while others still compute, and
+        # with none to spare they wait for ever. A device that is alone has none to meet.
+        os.environ.setdefault("NPROC", str(2 * cores()))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/jaxgen/xla").expanduser()))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    distributed = multi_host(os.environ)
     if distributed is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # A host that is frozen or cut off is given up after so long; one that dies is noticed at once.
@@ -43,6 +48,17 @@ def start(allow_cpu: bool = False) -> None:
         unseen = unseen_accelerator(os.environ)
         if unseen is not None:
             raise UserError(unseen)
+
+
+def keep_memory() -> None:
+    """Has glibc keep what is freed. A program's temporary memory is taken and freed whole at each call: given back to the
+    kernel, every page of it would be cleared again for the next call, a quarter of a training step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return
+    arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h's names; threads begin after this, and share the one heap
+    for name, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):
+        mallopt(name, value)
 
 
 @contextlib.contextmanager

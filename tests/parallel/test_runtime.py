@@ -1,4 +1,7 @@
 import http.server
+import platform
+import subprocess
+import sys
 import threading
 
 import jax
@@ -89,3 +92,32 @@ def test_the_end_of_another_process_is_told_from_an_error_of_this_one():
     assert runtime.lost_peer(jax.errors.JaxRuntimeError(lost))
     assert not runtime.lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes."))
     assert not runtime.lost_peer(ValueError("Gloo"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_memory_that_is_taken_again_is_not_cleared_again():
+    """In a thread of its own, as XLA takes a program's temporary memory."""
+    program = """
+import resource, sys, threading
+import numpy as np
+from jaxgen.parallel.runtime import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+faults = []
+def take():
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.full(25_000_000, 1.0, np.float32)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=take)
+thread.start()
+thread.join()
+print(*faults)
+"""
+
+    def faults(how: str) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True)
+        return [int(word) for word in done.stdout.split()]
+
+    kept, given_back = faults("kept"), faults("given back")
+    assert max(kept[1:]) < 10 < min(given_back[1:])
