@@ -78,13 +78,17 @@ class Worker:
 
 
 def environment(place: Path) -> dict[str, str]:
-    """Of all sides: compiled programs are kept at `place`, and nothing is fetched."""
+    """Of all sides: compiled programs are kept at `place`, freed memory with the process, and nothing is fetched."""
     ours = ("XLA_FLAGS", "NPROC", "JAXGEN_CPU_DEVICES")
     return {name: value for name, value in os.environ.items() if name not in ours} | {
         "JAX_COMPILATION_CACHE_DIR": str(place / "xla"),
         "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
+        # As runtime.keep_memory: without it the kernel clears the pages of a large array anew each time.
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**62),
     }
 
 

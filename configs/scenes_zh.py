@@ -3,11 +3,12 @@
     uv run python -m jaxgen.text.scratch ./runs/text_zh --captions=scenes --languages=en,zh
     uv run train.py --config=configs/scenes_zh.py --workdir=runs/scenes_zh
 
-Not measured yet as it stands. With the encoder at the generator's own rate (adapt_learning_rate_scale=1.0, AdamW at 2e-3) it
-fell into one state for all words: after 4,000 steps the shapes are clean and not those that were asked for (0.1% of 1,000
-captions of `test`). The encoder knows the words of these captions and no others.
+One CPU core with another busy one beside it, 52 minutes. Drawn exactly, of 1,000 captions each: `test` (English) 26.5%,
+`test_zh` (Chinese) 26.2%; single objects 69.3% and 73.3%, two in a relation 7.1% and 4.7%. The encoder knows the words of these
+captions and no others. At the generator's own rate (adapt_learning_rate_scale=1.0, AdamW at 2e-3) it fell into one state for
+all words, and the shapes were clean but not those asked for (0.1%).
 
-To score it: python benchmarks/accuracy.py --workdir=runs/scenes_zh --splits=test,test_zh
+To score it: python benchmarks/accuracy.py --workdir=runs/scenes_zh --splits=test,test_zh --seeds=0
 """
 
 from jaxgen.data.config import DataConfig
