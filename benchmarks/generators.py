@@ -149,7 +149,7 @@ class Ours:
         family = dataclasses.replace(self.family, sample_shift=shift)
         texts = {name: jnp.asarray(self.batches[name][0][:count]) for name in ("hidden", "pooled", "mask")}
         none = {name: jnp.repeat(self.batches[name][1][:1], count, 0) for name in texts}
-        settings = SampleSettings(self.shapes.image, steps, guidance, sampler="euler")
+        settings = SampleSettings(self.shapes.image, "euler", steps, guidance)
         params = jax.tree.map(lambda p: jnp.asarray(p, self.dtype), self.params)
 
         @jax.jit

@@ -185,3 +185,6 @@ def test_what_the_peer_is_given_is_what_our_step_draws(tmp_path):
     assert show(run()) == pytest.approx(expected, rel=1e-5)
     assert not np.any([np.all(held[name] == 0) for name in held.files if name.startswith("weight:")])
     assert problem["parameters"] == sum(held[name].size for name in held.files if name.startswith("weight:"))
+    run, show = ours.sample("ours", 2, steps=1, guidance=1.0, shift=1.0)  # one step ends on the clean picture predicted
+    noise, text = jnp.asarray(held["noise"][0, :2]), TextFeatures(*(given[name][:2] for name in ("hidden", "pooled", "mask")))
+    assert show(run()) == pytest.approx(np.asarray(ours.family._predict(ours.params, noise, jnp.ones(2), text)), abs=1e-5)
