@@ -97,10 +97,10 @@ class Conditioning(nn.Module):
         super().__init__()
         self.time, self.pooled, self.tokens = MLPEmbed(128, width), MLPEmbed(pooled, width), nn.Linear(hidden, width)
         self.blocks = nn.ModuleList([TextBlock(width) for _ in range(refiner)])
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0, np.log(1000), 64)) * torch.pi, persistent=False)
+        self.register_buffer("frequencies", torch.empty(64), persistent=False)  # jaxgen's
 
     def forward(self, t: Tensor, hidden: Tensor, pooled: Tensor, mask: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        angles = t[:, None] * self.frequencies
+        angles = t[:, None] * self.frequencies * torch.pi
         vector = self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.pooled(
             F.rms_norm(pooled, pooled.shape[-1:], eps=1e-6)
         )
@@ -289,6 +289,7 @@ class Torch:
         self.model = kind(problem["network"], problem["size"], problem["text"], tokens)
         weights = {name.removeprefix("weight:"): held[name] for name in held.files if name.startswith("weight:")}
         self.model.load_state_dict(dict(theirs(name, value) for name, value in weights.items()))
+        self.model.conditioning.frequencies.copy_(torch.from_numpy(held["frequencies"]))
         self.model.to(DEVICE)
         names = ("image", "hidden", "pooled", "mask", "t", "noise")
         self.batches = [[torch.from_numpy(held[name][i]).to(DEVICE) for name in names] for i in range(len(held["t"]))]

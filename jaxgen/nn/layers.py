@@ -120,10 +120,14 @@ def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     return x * (1 + scale[expand]) + shift[expand]
 
 
+def time_frequencies(count: int) -> jax.Array:
+    """float32 [count], geometric from 1 to 1000 half turns a unit of time."""
+    return jnp.exp(jnp.linspace(0.0, math.log(1000.0), count))
+
+
 def time_features(t: jax.Array, dim: int) -> jax.Array:
     """Sines and cosines of t [B] in [0, 1] at `dim` / 2 geometric frequencies -> float32 [B, dim]."""
-    frequencies = jnp.exp(jnp.linspace(0.0, math.log(1000.0), dim // 2))
-    angles = t.astype(jnp.float32)[:, None] * frequencies * math.pi
+    angles = t.astype(jnp.float32)[:, None] * time_frequencies(dim // 2) * math.pi
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
