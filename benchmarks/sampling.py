@@ -4,7 +4,7 @@
         [--guidance=1.5] [--bfloat16] [--rounds=7] [--json=FILE]
 
 PYTHON is an interpreter with torch in it; generators_torch.py is what it runs, eager and compiled. Both draw the same pictures
-first, in two steps, as rounding grows with each; each must agree (its relative distance 1e-5 in float32, 1e-3 in bfloat16),
+first, in two steps, as rounding grows with each; they must agree (1e-5 of the largest value in float32, 1e-3 in bfloat16),
 else no figure and exit status 1. Text encoders are left out; a step with guidance is one pass for the batch with its captions
 and without. The columns are train_step.py's."""
 

@@ -3,8 +3,8 @@
     python benchmarks/train_step.py --torch_python=PYTHON [--problems=transformer,unet] [--bfloat16] [--rounds=7] [--json=FILE]
 
 PYTHON is an interpreter with torch in it; generators_torch.py is what it runs, eager and compiled. First both take twenty steps
-from the same weights with the same times and noise, and each loss must agree (1e-5 of it in float32, 1e-3 in bfloat16), else no
-figure and exit status 1. What is timed draws its own times and noise on both sides.
+from the same weights with the same times and noise, and their losses must agree (1e-5 in float32, 1e-3 in bfloat16, relative
+to the largest), else no figure and exit status 1. What is timed draws its own times and noise on both sides.
 
 A round is one call of each side, in rotating order; told are medians, FLOPs counted from the network's products (attention
 included, norms and activations not), the share of the bare product [tokens, D] x [D, 4D] on the same side, MFU where the

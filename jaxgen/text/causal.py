@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgen.nn.layers import Embedding
+from jaxgen.nn.layers import Embedding, matmul
 from jaxgen.text.architecture import last_token
 
 Pair = tuple[jax.Array, jax.Array]  # a layer's keys and values [B, K, S, d] of S slots
@@ -65,7 +65,7 @@ class LanguageModel(nnx.Module):
 
     def logits(self, last: jax.Array) -> jax.Array:
         """[..., D] -> [..., V]."""
-        return self.lm_head(last) if self.lm_head else last @ self.words.embedding[...].astype(last.dtype).T
+        return self.lm_head(last) if self.lm_head else matmul(last, self.words.embedding[...].astype(last.dtype).T)
 
 
 def empty_cache(layers: int, batch: int, heads: int, slots: int, size: int, dtype: Any) -> Cache:
