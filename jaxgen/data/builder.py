@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -72,12 +71,13 @@ def prepare(name: str, recipe: Recipe, root: Path) -> Any:
     config = tfds.core.BuilderConfig(name=recipe.identity(), version=VERSION)
     # array_record files are written and read on a local disk; a remote root holds the copy that all hosts share.
     local = as_path(LOCAL) if is_remote(root) else root
-    builder = Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")
+    opened = lambda: Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")  # noqa: E731
+    builder = opened()
     directory = Path(builder.data_dir)
     shared = root / directory.relative_to(local)
     if is_remote(root) and not (directory / INFO).exists() and (shared / INFO).exists():
         copy_whole(shared, directory, last=INFO)
-        builder = Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")
+        builder = opened()
     if not (directory / INFO).exists() and jax.process_index() == 0:
         print(f"preparing {name} in {directory}", file=sys.stderr, flush=True)
         try:
@@ -86,7 +86,9 @@ def prepare(name: str, recipe: Recipe, root: Path) -> Any:
         except (OSError, RuntimeError) as error:  # array_record's writer raises RuntimeError
             if not isinstance(error, OSError) and not is_full(error):
                 raise
-            raise explain(error, directory) from error
+            if not (directory / INFO).exists():
+                raise explain(error, directory) from error
+            builder = opened()  # another run, begun at the same time, was the first to finish it
         if builder.problems:
             write_json(directory / "problems.json", builder.problems)
             told = ", ".join(f"{count} {problem}" for problem, count in builder.problems.items())
@@ -97,7 +99,7 @@ def prepare(name: str, recipe: Recipe, root: Path) -> Any:
         synchronise(f"prepared {name}")
         if is_remote(root) and not (directory / INFO).exists():
             copy_whole(shared, directory, last=INFO)
-        builder = Captioned(data_dir=os.fspath(local), config=config, file_format="array_record")
+        builder = opened()
     return builder
 
 
@@ -121,11 +123,3 @@ class Records:
         captions = [c.decode() if isinstance(c, bytes) else str(c) for c in np.asarray(record["captions"]).tolist()]
         meta = record["meta"]
         return record["image"], captions, meta.decode() if isinstance(meta, bytes) else str(meta)
-
-
-def count_problems(builder: Any) -> dict[str, int]:
-    """What was left out when the set was prepared."""
-    try:
-        return json.loads((Path(builder.data_dir) / "problems.json").read_text())
-    except FileNotFoundError:
-        return {}

@@ -13,9 +13,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 import train
+from jaxgen.data.builder import Records, prepare
 from jaxgen.data.config import DataConfig
 from jaxgen.data.pipeline import batches, load_source
 from jaxgen.data.recipe import decode
+from jaxgen.data.scenes import Scenes
 from jaxgen.errors import UserError
 
 SIZE = 16
@@ -350,6 +352,19 @@ def test_preparing_that_needs_tensorflow_names_the_extra(tmp_path, no_tensorflow
 
 
 # --- Own pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_prepare_a_set_at_the_same_time_share_it(tmp_path):
+    class Slow(Scenes):
+        def examples(self, split):
+            yield from super().examples(split)
+            prepare("scenes", Scenes(16, 8), tmp_path)  # another run was faster
+
+    builder = prepare("scenes", Slow(16, 8), tmp_path)
+    quick = prepare("scenes", Scenes(16, 8), tmp_path)
+    assert builder.data_dir == quick.data_dir
+    assert len(Records(builder, "train")) == 8
+    assert [Records(builder, "train")[i][:2] for i in range(8)] == [Records(quick, "train")[i][:2] for i in range(8)]
 
 
 def test_two_pictures_train_and_have_no_validation(tmp_path):
