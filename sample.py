@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, help="below 1 draws what is likelier, where latents or tokens are drawn")
     parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens; 0 is all")
     parser.add_argument("--top_p", type=float, help="choose among the likeliest tokens of this probability together")
+    parser.add_argument("--aspect_ratio", type=ratio, help="of the pictures, as in 3:2, or width over height (default: 1:1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the captioned grid (default: grid.png, unless --out_dir is given)")
     parser.add_argument("--trace", help="a GIF of how the pictures come about")
@@ -65,7 +66,7 @@ def main() -> None:
     captions = [prompt for prompt in prompts for _ in range(args.num_images)]
     wanted = {"num_images": args.num_images, "negative_prompt": args.negative_prompt}
     chosen = {"seed": args.seed, "guidance_scale": args.guidance, "num_steps": args.steps}
-    chosen |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_k", "top_p")}
+    chosen |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_k", "top_p", "aspect_ratio")}
     pictures, under, notes, frames = [], [], {}, []
     for name in names:
         model = load(name)
@@ -102,6 +103,15 @@ def main() -> None:
         metadata = notes if len(names) == 1 else {"model": names, "seed": args.seed}
         save_png(as_path(out), sheet(pictures, under, columns), {"prompts": prompts, **metadata})
         print(out)
+
+
+def ratio(said: str) -> float:
+    """ "3:2" or "1.5"."""
+    width, _, height = said.partition(":")
+    value = float(width) / (float(height or 1) or float("nan"))
+    if not 0 < value < float("inf"):
+        raise ValueError(said)
+    return value
 
 
 def judged(name: str, images: Any, captions: list[str]) -> list[str]:

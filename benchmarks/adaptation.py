@@ -1,11 +1,13 @@
 """What training the text encoder together with the generator is worth: ways to adapt it, at equal steps, several seeds each.
 
-    python benchmarks/adaptation.py [--only=frozen,lora] [--steps=1250] [--size=16] [--prompts=1000] [--seeds=0,1,2]
-        [--workdirs=runs/adaptation] [--data_dir=DIR] [--json=FILE]
+    python benchmarks/adaptation.py [--only=frozen,lora] [--base=2500] [--steps=600] [--size=32] [--prompts=1000]
+        [--seeds=0,1,2] [--workdirs=runs/adaptation] [--data_dir=DIR] [--json=FILE]
 
-The generator is configs/quickstart.py's, on scenes of `--size` pixels, one paraphrase a picture. Each way and seed trains in
-a directory of its own: the same command again goes on where it was cut. `scratch`, the control, is a small encoder without
-pretrained weights that learns everything from these captions. A seed is the run's; its model draws each caption once.
+The generator is configs/quickstart.py's, on scenes of `--size` pixels, one paraphrase a picture. It learns `--base` steps with
+the encoder frozen, and from there each way trains both together for the same `--steps`. `scratch`, the control, is a small
+encoder without pretrained weights that learns everything from these captions, with a generator of its own, over all these
+steps. Each way and seed trains in a directory of its own: the same command again goes on where it was cut. A seed is the run's;
+its model draws each caption once.
 
 Told of each: numbers of the encoder that are trained, and the shares drawn exactly of `test` (sentences like those of training)
 and of `test_paraphrases` (another sentence, with a word that no training caption has), mean and spread over the seeds."""
@@ -33,17 +35,25 @@ WAYS = {
     "full": ("text.adapt=full", TRAINED),
     "scratch": ("text.adapt=full", "text.adapt_learning_rate_scale=0.1"),  # at 1 it forgets to tell words apart
 }
+BASE = "base"  # the runs from which the ways set out
 SPLITS = ("test", "test_paraphrases")
 
 
 def command(way: str, seed: int, workdir: Path, args: argparse.Namespace) -> list[str]:
     """train.py's arguments."""
-    fields = [*WAYS[way], f"train.steps={args.steps}", f"seed={seed}", f"data.image_size={args.size}"]
+    fields = [*WAYS.get(way, ()), f"train.steps={steps(way, args)}", f"seed={seed}", f"data.image_size={args.size}"]
     fields += ["data.paraphrases=1", "sample.prompts=", "eval.every=0"]
-    fields += [f"text.source={scratch(args)}"] if way == "scratch" else []
+    if way == "scratch":
+        fields.append(f"text.source={scratch(args)}")
+    elif way != BASE and args.base:
+        fields.append(f"train.init_from={workdir.with_name(f'{BASE}-{seed}').resolve()}")
     fields += [f"data.dir={args.data_dir}"] if args.data_dir else []
     config = ROOT / "configs" / "quickstart.py"
     return [f"--config={config}", *(f"--config.{field}" for field in fields), f"--workdir={workdir}"]
+
+
+def steps(way: str, args: argparse.Namespace) -> int:
+    return {BASE: args.base, "scratch": args.base + args.steps}.get(way, args.steps)
 
 
 def scratch(args: argparse.Namespace) -> Path:
@@ -82,8 +92,9 @@ def elsewhere(function: Any, *arguments: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(WAYS), help="some of the ways")
-    parser.add_argument("--steps", type=int, default=1250)
-    parser.add_argument("--size", type=int, default=16, help="pixels along each axis")
+    parser.add_argument("--base", type=int, default=2500, help="steps before, with the encoder frozen; 0 for none")
+    parser.add_argument("--steps", type=int, default=600, help="of both together")
+    parser.add_argument("--size", type=int, default=32, help="pixels along each axis")
     parser.add_argument("--prompts", type=int, default=1000, help="captions of each split")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdirs", default="runs/adaptation", help="a directory each goes below this one")
@@ -96,10 +107,17 @@ def main() -> None:
 
     elsewhere(write_scratch, scratch(args))
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in args.only.split(",")}
+
+    def trained(way: str, seed: int) -> Path:
+        workdir = Path(args.workdirs) / f"{way}-{seed}"
+        train(f"{way}, seed {seed}", command(way, seed, workdir, args), steps(way, args), workdir)
+        return workdir
+
     for seed in map(int, args.seeds.split(",")):  # all ways once, then again: a cut leaves a comparison
+        if args.base:
+            trained(BASE, seed)
         for way, row in rows.items():
-            workdir = Path(args.workdirs) / f"{way}-{seed}"
-            train(f"{way}, seed {seed}", command(way, seed, workdir, args), args.steps, workdir)
+            workdir = trained(way, seed)
             kept = workdir / f"judged_{args.prompts}.json"
             if not kept.exists():
                 write_json(kept, elsewhere(judged, workdir, args.prompts))

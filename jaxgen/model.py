@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgen import config as configs
+from jaxgen.data.buckets import PARTS, nearest, shapes
 from jaxgen.errors import UserError
-from jaxgen.families.base import SampleSettings, Shapes
+from jaxgen.families.base import SampleSettings, Shapes, served
 from jaxgen.nn.module import Params, fingerprint, flatten, unflatten
 from jaxgen.parallel.mesh import on_mesh
 from jaxgen.parallel.runtime import compute_dtype
@@ -72,7 +73,8 @@ class Model:
     ) -> np.ndarray:
         """uint8 [len(prompts) * num_images, H, W, 3], prompt by prompt; settings left out are the configuration's.
 
-        settings: sampler, guidance_interval, temperature, top_k, top_p, as SampleConfig has them. A picture depends on
+        settings: sampler, guidance_interval, temperature, top_k, top_p, aspect_ratio, as SampleConfig has them; H and W are
+        data.image_size, but for another ratio. A picture depends on
         (weights, prompt, settings, seed, its prompt's index, its own index) alone."""
         chosen = self.settings(seed, guidance_scale=guidance_scale, num_steps=num_steps, **settings)
         return self._run(self._draw, prompts, num_images, negative_prompt, chosen)
@@ -97,7 +99,7 @@ class Model:
 
     def settings(self, seed: int = 0, **given: Any) -> dict[str, Any]:
         """The settings a drawing is made with: those given and not None, the configuration's for the rest."""
-        names = ("guidance_scale", "num_steps", "sampler", "guidance_interval", "temperature", "top_k", "top_p")
+        names = ("guidance_scale", "num_steps", "sampler", "guidance_interval", "temperature", "top_k", "top_p", "aspect_ratio")
         unknown = sorted(given.keys() - set(names))
         if unknown:
             raise TypeError(f"unknown setting {unknown[0]!r}: one of {', '.join(names)}")
@@ -113,6 +115,8 @@ class Model:
                 f"temperature={chosen['temperature']} and top_k={chosen['top_k']} cannot be negative, "
                 f"top_p={chosen['top_p']} must lie in (0, 1]"
             )
+        if chosen["aspect_ratio"] <= 0:
+            raise UserError(f"aspect_ratio={chosen['aspect_ratio']} is width over height: give a positive number")
         return {"seed": seed, **chosen}
 
     def _run(
@@ -125,7 +129,7 @@ class Model:
             raise UserError("give at least one prompt and one image")
         low, high = chosen["guidance_interval"]
         settings = SampleSettings(
-            image=self.image,
+            image=self._shape(chosen["aspect_ratio"]),
             sampler=chosen["sampler"],
             num_steps=jnp.int32(chosen["num_steps"]),
             guidance_scale=jnp.float32(chosen["guidance_scale"]),
@@ -157,6 +161,13 @@ class Model:
             inputs = jax.tree.map(spread, inputs)
             out.append(np.asarray(draw(self.params, self.frozen, *inputs, jnp.uint32(chosen["seed"]), settings)))
         return np.concatenate(out)[: len(jobs)]
+
+    def _shape(self, ratio: float) -> tuple[int, int, int]:
+        """(H, W, C) of pictures `ratio` times as wide as high, as nearly as the network can."""
+        if ratio == 1:
+            return self.image
+        among = served(self.config.family, self.shapes, shapes(self.image[0], PARTS))
+        return (*among[int(nearest(np.array([[1.0, ratio]]), among)[0])], self.image[2])
 
     def _encode(self, prompts: Sequence[str]) -> Any:
         """TextFeatures of numpy arrays, a row a prompt."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxgen.errors import UserError
+from jaxgen.errors import NoSpace, UserError
 
 Path = epath.Path
 DRIVERS = {"gs://": ("gcsfs", "gcs")}  # what a remote path begins with: the package it needs, our extra that brings it
@@ -100,7 +100,7 @@ def is_full(error: BaseException) -> bool:
 def explain(error: BaseException, path: Any) -> UserError:
     """The one line for a write that the system refused."""
     if is_full(error):
-        return UserError(f"no space left to write {path}: free some, or choose another directory")
+        return NoSpace(f"no space left to write {path}: free some, or choose another directory")
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"no permission to write {path}: choose a directory of your own")
     return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}")

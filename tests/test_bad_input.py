@@ -53,6 +53,10 @@ def full_disk(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def can_mount():
+    return subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+
+
 def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
@@ -90,6 +94,47 @@ def test_a_checkpoint_that_a_full_disk_refuses_is_told_and_made_up_for(place, wh
     assert "from step 4 to 8" in done.stdout
     assert_same(workdir, whole)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "6", "8"]
+
+
+# A file system of its own with 24 kB left, then with room: a shell with arguments DISK BEGUN AFTER COMMAND…
+SMALL = """
+disk=$1; mount -t tmpfs -o size=8m none $disk; cp -r $2 $disk/run; after=$3; shift 3
+head -c 9m /dev/zero > $disk/rest 2>&-; truncate -s -24k $disk/rest
+"$@"; echo status $?; ls $disk/run/checkpoints
+rm $disk/rest
+"$@"; echo status $?
+cp -r $disk/run $after
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="no file system can be mounted here")
+def test_a_file_system_without_space_is_told_and_made_up_for(place, whole, tmp_path):
+    """What fails here is ENOSPC, in the middle of files, and of all that a run writes."""
+    begun, disk, after = (tmp_path / name for name in ("begun", "disk", "after"))
+    shutil.copytree(whole, begun)
+    disk.mkdir()
+    for step in (6, 8):
+        shutil.rmtree(begun / "checkpoints" / str(step))
+    more = ("--config.train.log_every=1", "--config.sample.prompts=a", "--config.sample.every=6")
+    train = [*command(place, "", *STEPS, *more), f"--workdir={disk / 'run'}"]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", SMALL, "sh", *map(str, (disk, begun, after)), *train],
+        env=environment(place) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    full, space = done.stdout.split("status 2\n")
+    assert "step 8/8" in full  # it went on
+    assert space.startswith("4\n")  # nothing half-written is left beside the older checkpoint
+    *warnings, last = done.stderr.splitlines()
+    for what in ("checkpoint not saved", "metrics not written", "samples not written"):
+        assert any(line.startswith(f"warning: {what}: no space left to write {disk}/run") for line in warnings)
+    assert all(line.startswith("warning: ") for line in warnings)
+    assert last.startswith(f"error: the last checkpoint of {disk}/run could not be written")
+    assert "from step 4 to 8" in space
+    assert space.endswith("status 0\n")
+    assert_same(after, whole)
 
 
 def test_a_disk_full_for_a_while_does_no_harm(place, monkeypatch):

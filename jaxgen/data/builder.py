@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.data.recipe import Recipe, decode
+from jaxgen.data.recipe import Recipe, decode, size_of
 from jaxgen.errors import UserError
 from jaxgen.parallel.runtime import synchronise
 from jaxgen.storage import Path, as_path, copy_whole, explain, is_full, is_remote, write_json
@@ -117,6 +117,11 @@ class Records:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[N, 2]: height and width of each picture. All are read; they were seen to be readable when they were prepared."""
+        return np.array([size_of(self._source[k]["image"]) or (1, 1) for k in range(len(self))])
 
     def __getitem__(self, index: int) -> tuple[bytes, list[str], str]:
         record = self._source[int(index)]

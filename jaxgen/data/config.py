@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from jaxgen.data import buckets
 from jaxgen.errors import UserError
 
 LANGUAGES = ("en", "zh")
@@ -38,7 +39,10 @@ class DataConfig:
     """`name` is scenes, emoji, flickr8k, folder:PATH, tfds:NAME, tar:SHARDS or parquet:SHARDS."""
 
     name: str = "scenes"
-    image_size: int = 32
+    image_size: int = 32  # pixels along each side of a square
+    # Up to how many times as wide as high, or as high as wide, pictures keep their proportions, with as many pixels as the
+    # square has (buckets.py); 1 makes squares of all.
+    max_aspect_ratio: float = 1.0
     source: str | None = None  # directory with the official layout (emoji, flickr8k)
     dir: str = "~/.cache/jaxgen/data"  # prepared sets are kept here; may be remote
     train_examples: int = 50_000  # scenes only: how many to draw
@@ -62,6 +66,9 @@ class DataConfig:
     def validate(self) -> None:
         if self.image_size < 8:
             raise UserError(f"data.image_size={self.image_size}: at least 8 pixels")
+        if self.max_aspect_ratio < 1:
+            raise UserError(f"data.max_aspect_ratio={self.max_aspect_ratio} must be at least 1, which makes squares of all")
+        buckets.shapes(self.image_size, self.max_aspect_ratio)  # raises where there are none
         for name in ("train_examples", "threads", "window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")

@@ -10,18 +10,20 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxgen.data import remote
+from jaxgen.data.recipe import size_of
 from jaxgen.data.remote import Lost
-from jaxgen.data.shards import Format, Index, Records, Scan, ShardSet
+from jaxgen.data.shards import Format, Index, Records, Scan, ShardSet, clipped, left_out
 from jaxgen.storage import first_line
 
-ROW = np.dtype([("shard", "<i4"), ("group", "<i4"), ("row", "<i4"), ("bytes", "<i4")])  # bytes: of its group over its rows
+# bytes: of its group over its rows.
+ROW = np.dtype([(name, "<i4") for name in ("shard", "group", "row", "bytes")] + [("height", "<u2"), ("width", "<u2")])
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "img", "picture", "bytes")
 CAPTIONS = ("caption", "captions", "text", "txt", "prompt", "sentence", "sentences", "description")
 
@@ -46,10 +48,12 @@ class ParquetRecords(Records):
     def image(self, url: str, row: np.void) -> bytes:
         return self._group((int(row["shard"]), int(row["group"])))[int(row["row"])].as_py() or b""
 
-    def order(self, seed: int, batch_size: int) -> "WindowShuffle":
+    def orders(self, seed: int, batch_size: int, members: Sequence[np.ndarray] | None = None) -> Sequence["WindowShuffle"]:
+        # Those of several parts meet the row groups in the same order, side by side, each with a window of its own.
+        every = [self.starts] if members is None else [np.searchsorted(some, self.starts) for some in members]
         under_way = max(3 * batch_size, 8 * self.threads) * (len(self.starts) - 1) // len(self)
-        self._group.most = 2 * self.window + 2 + under_way
-        return WindowShuffle(self.starts, self.window, seed, batch_size)
+        self._group.most = len(every) * (2 * self.window + 2) + under_way
+        return [WindowShuffle(starts, self.window, seed, batch_size) for starts in every]
 
     def expect(self, entries: np.ndarray) -> None:
         rows = self.rows[entries]
@@ -62,19 +66,11 @@ class ParquetRecords(Records):
 
     def _read_group(self, key: tuple[int, int]) -> Any:
         """The pictures of a row group, a pyarrow array of binaries."""
-        import pyarrow as pa
-
         shard, group = key
         footer = self._footer(shard)
         name, _ = _columns(footer.schema.to_arrow_schema(), None, captioned=False)
 
-        def read() -> Any:
-            file = _open(self.urls[shard], self._sizes[shard], footer)
-            column = file.read_row_group(group, columns=[name], use_threads=False).column(0).combine_chunks()
-            # Flattened: a picture that is null is so in its bytes, too.
-            return column.flatten()[column.type.get_field_index("bytes")] if pa.types.is_struct(column.type) else column
-
-        return _guarded(read)
+        return _guarded(lambda: _pictures(_open(self.urls[shard], self._sizes[shard], footer), group, name))
 
 
 class WindowShuffle:
@@ -176,9 +172,9 @@ class _Ranged(io.RawIOBase):
         return data
 
 
-def scan(url: str, size: int, field: str | None) -> Scan:
-    """Every picture of a shard that has a caption; only captions are read. Raises Lost for what is no parquet file or lacks
-    such columns."""
+def scan(url: str, size: int, field: str | None, sized: bool = False) -> Scan:
+    """Every picture of a shard that has a caption; only captions are read, but where rows are to be `sized`. Raises Lost for
+    what is no parquet file or lacks such columns."""
 
     def read() -> Scan:
         file = _open(url, size)
@@ -191,15 +187,18 @@ def scan(url: str, size: int, field: str | None) -> Scan:
             length = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] == image)
             part = np.zeros(told.num_rows, ROW)
             part["group"], part["row"], part["bytes"] = group, np.arange(told.num_rows), length // max(told.num_rows, 1)
+            if sized:
+                found = [size_of(data or b"") or (0, 0) for data in _pictures(file, group, image).to_pylist()]
+                part["height"], part["width"] = clipped(found)
             rows.append(part)
             digest = hashlib.blake2b(f"{shard}/{group}".encode(), digest_size=8).digest()
             keys.append(np.full(told.num_rows, np.frombuffer(digest, np.uint64)[0]))
-        has = np.array([bool(captions) for captions in said], bool)
-        problems = {"without a caption": int((~has).sum())} if not has.all() else {}
         empty = np.zeros(0, ROW), np.zeros(0, np.uint64)  # a file without row groups
-        return Scan(
-            np.concatenate([empty[0], *rows])[has], [c for c in said if c], np.concatenate([empty[1], *keys])[has], problems
-        )
+        every, key = np.concatenate([empty[0], *rows]), np.concatenate([empty[1], *keys])
+        captioned = np.array([bool(captions) for captions in said], bool)
+        kept = captioned & (every["height"] > 0) if sized else captioned
+        problems = left_out(len(every), int(captioned.sum()), int(kept.sum()))
+        return Scan(every[kept], [captions for captions, keep in zip(said, kept, strict=True) if keep], key[kept], problems)
 
     return _guarded(read)
 
@@ -208,6 +207,15 @@ def _open(url: str, size: int, footer: Any = None) -> Any:
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(_Ranged(url, size), metadata=footer, pre_buffer=True)
+
+
+def _pictures(file: Any, group: int, name: str) -> Any:
+    """The encoded pictures of a row group, a pyarrow array of binaries."""
+    import pyarrow as pa
+
+    column = file.read_row_group(group, columns=[name], use_threads=False).column(0).combine_chunks()
+    # Flattened: a picture that is null is so in its bytes, too.
+    return column.flatten()[column.type.get_field_index("bytes")] if pa.types.is_struct(column.type) else column
 
 
 def _guarded(read: Callable[[], T]) -> T:

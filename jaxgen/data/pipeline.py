@@ -7,14 +7,14 @@ number of processes sees the same batches."""
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, Full, Queue
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxgen.data import registry
+from jaxgen.data import buckets, registry
 from jaxgen.data.config import DataConfig
 from jaxgen.data.recipe import decode, fit
 from jaxgen.data.rewrite import Rewritings, rewritings
@@ -25,13 +25,24 @@ FOREVER = 2**40  # positions; no run is that long
 
 
 class Source:
-    """A split's decoded pictures and captions by index."""
+    """A split's decoded pictures and captions by index. shapes: those that a batch can have; by default the square."""
 
-    def __init__(self, config: DataConfig, records: Any, *, flip: bool = False, crop: bool = False):
+    def __init__(
+        self,
+        config: DataConfig,
+        records: Any,
+        *,
+        flip: bool = False,
+        crop: bool = False,
+        shapes: Sequence[buckets.Size] | None = None,
+    ):
         self.records, self.flip, self.crop = records, flip, crop
         # Room for a random crop: an eighth more than what a batch shows.
         self.size = config.image_size
         self.stored = config.image_size * 9 // 8 if crop else config.image_size
+        self.shapes = shapes or [(self.size, self.size)]
+        # Of each picture its shape among these, where there are several.
+        self.bucket = buckets.nearest(records.sizes, self.shapes).astype(np.uint8) if len(self.shapes) > 1 else None
         self.max_bad, self.bad = config.max_bad, 0
         shards = records if isinstance(records, Records) else None
         self.shards, self.threads = shards, config.threads or (4 if shards is None else shards.threads)
@@ -41,7 +52,7 @@ class Source:
         # In the pictures' place (precompute.py): rows [N, 1 or 2 (mirrored), ...].
         self.made: dict[str, np.ndarray] | None = None
         self.rewritings: Rewritings | None = None
-        self._images: np.ndarray | None = None
+        self._images: list[np.ndarray] | None = None
         self._captions: list[list[str]] | None = None
         if len(records) * self.stored**2 * 3 <= config.keep_in_memory * 2**20:
             self._load()
@@ -50,7 +61,7 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[str]]:
-        """(uint8 [stored, stored, 3], captions); a picture that cannot be read is replaced by the next that can."""
+        """(uint8 [H, W, 3], captions); a picture that cannot be read is replaced by the next that can."""
         if self._images is not None and self._captions is not None:
             return self._images[index], self._captions[index]
         for step in range(len(self)):
@@ -59,11 +70,30 @@ class Source:
                 continue
             image = decode(data)
             if image is not None:
-                return fit(image, self.stored), captions
+                height, width = self.shape_of(index)
+                return fit(image, height * self.stored // self.size, width * self.stored // self.size), captions
             self.bad += 1
             if self.bad > self.max_bad:
                 break
         raise UserError(f"{self.bad} unreadable pictures met while training, more than data.max_bad={self.max_bad}")
+
+    def shape_of(self, index: int) -> buckets.Size:
+        """(height, width) in which a batch shows this picture."""
+        return (self.size, self.size) if self.bucket is None else self.shapes[self.bucket[index]]
+
+    def order(self, seed: int, batch_size: int) -> Any:
+        """order[position]: the index at that place of all batches one after the other."""
+        import grain
+
+        members = None
+        if self.bucket is not None:
+            every = [np.flatnonzero(self.bucket == k).astype(np.int32) for k in range(len(self.shapes))]
+            members = [some for some in every if len(some)]
+        orders = self.shards.orders(seed, batch_size, members) if self.shards is not None else None
+        if orders is None:
+            counts = [len(self)] if members is None else [len(some) for some in members]
+            orders = [grain.MapDataset.range(count).seed(seed).shuffle().repeat(None) for count in counts]
+        return orders[0] if members is None else buckets.BucketOrder(members, orders, batch_size)
 
     def captions_of(self, index: int) -> list[str]:
         if self._captions is not None:
@@ -85,17 +115,16 @@ class Source:
         every = range(len(self))
         read = map(self.__getitem__, every) if self.shards is None else concurrently(self.__getitem__, every, self.threads)
         pairs = list(read)
-        self._images = np.stack([image for image, _ in pairs])
-        self._captions = [captions for _, captions in pairs]
+        self._images, self._captions = [image for image, _ in pairs], [captions for _, captions in pairs]
 
 
 def _coprime(start: int, to: int) -> int:
     return next(k for k in range(max(start, 1), start + to + 2) if math.gcd(k, to) == 1)
 
 
-def load_source(config: DataConfig, split: str = "train") -> Source:
-    """A split of the configured set, prepared first where that is needed. Only training pictures are augmented, and only
-    their captions rewritten."""
+def load_source(config: DataConfig, split: str = "train", shapes: Sequence[buckets.Size] | None = None) -> Source:
+    """A split of the configured set, prepared first where that is needed, its pictures in the nearest of `shapes`, by default
+    the square. Only training pictures are augmented, and only their captions rewritten."""
     _, recipe = registry.recipe(config)
     records = registry.records(config, split)
     if len(records) == 0:
@@ -103,7 +132,7 @@ def load_source(config: DataConfig, split: str = "train") -> Source:
     train = split == "train"
     flip = recipe.flip if config.flip is None else config.flip
     crop = recipe.crop if config.crop is None else config.crop
-    source = Source(config, records, flip=train and flip, crop=train and crop)
+    source = Source(config, records, flip=train and flip, crop=train and crop, shapes=shapes)
     if train and config.rewrite.source:
         source.rewritings = rewritings(config, source.captions())
     return source
@@ -121,13 +150,12 @@ def batches(
     threads: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This process's share of every global batch from `start_step` on, without end:
-    {"image": uint8 [b, H, W, 3] (or the rows of source.made), "caption": list of b strings, "" where it is dropped}."""
+    {"image": uint8 [b, H, W, 3] (or the rows of source.made), "caption": list of b strings, "" where it is dropped}. H and W
+    are one of source.shapes, alike over the global batch."""
     import grain
 
     share = batch_size // process_count
-    order: Any = source.shards.order(seed, batch_size) if source.shards is not None else None
-    if order is None:
-        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    order = source.order(seed, batch_size)
     soon = getattr(order, "ahead", 0) * batch_size
     threads = threads or source.threads
 
@@ -142,13 +170,15 @@ def batches(
         image, captions = source[index] if made is None else (np.empty(0), source.captions_of(index))
         caption = captions[int(rng.integers(len(captions)))]
         dropped = rng.random() < caption_dropout
-        top, left = (rng.random(2) * (source.stored - source.size + 1)).astype(int)
+        height, width = source.shape_of(index)
+        margin = np.array([height, width]) * source.stored // source.size - (height, width)
+        top, left = (rng.random(2) * (margin + 1)).astype(int)
         mirrored = rng.random() < 0.5 and source.flip
         if source.rewritings is not None:  # the last draws: without them all others stay what they were
             caption = source.rewritings.draw(caption, rng)
         if made is not None:
             return {name: rows[index, int(mirrored)] for name, rows in made.items()} | {"caption": "" if dropped else caption}
-        image = image[top : top + source.size, left : left + source.size]
+        image = image[top : top + height, left : left + width]
         if mirrored:
             image = image[:, ::-1]
         return {"image": image, "caption": "" if dropped else caption}

@@ -46,7 +46,8 @@ def records(config: DataConfig, split: str) -> Any:
 
 
 def _shards(config: DataConfig, form: Format, pattern: str) -> ShardSet:
-    return ShardSet(form, pattern, config.caption_field, config.max_bad_shards, config.window)
+    sized = config.max_aspect_ratio > 1
+    return ShardSet(form, pattern, config.caption_field, config.max_bad_shards, config.window, sized)
 
 
 def _directory(config: DataConfig) -> Path:

@@ -29,7 +29,7 @@ from jaxgen.errors import UserError
 from jaxgen.parallel.runtime import synchronise
 from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
 
-VERSION = 1
+VERSION = 2
 LOCAL = "~/.cache/jaxgen/data"
 SCANS = 16  # shards looked through at a time
 READS = 64  # of pictures over a network at a time: a round trip of 50 ms leaves a single reader 20 of them a second
@@ -48,12 +48,13 @@ class Scan(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A kind of shard. `scan` takes (url, bytes, caption field) and raises Lost; `records` opens a split of an index."""
+    """A kind of shard. `scan` takes (url, bytes, caption field, whether rows are to say each picture's "height" and "width")
+    and raises Lost; `records` opens a split of an index."""
 
     name: str
     ending: str
     dtype: np.dtype
-    scan: Callable[[str, int, str | None], Scan]
+    scan: Callable[[str, int, str | None, bool], Scan]
     records: "Callable[[ShardSet, Index, str], Records]"
 
 
@@ -66,6 +67,7 @@ class ShardSet:
     caption_field: str | None = None
     max_bad_shards: int = 10
     window: int = 128  # MB
+    sized: bool = False  # the index says how high and wide each picture is
     flip = False
     crop = False
 
@@ -86,7 +88,7 @@ class ShardSet:
 
     def identity(self) -> str:
         told = [f"{url} {-1 if isinstance(size, Lost) else size}" for url, size in self.shards]
-        return f"v{VERSION}_{_digest(self.format.name, self.caption_field, *told)}"
+        return f"v{VERSION}_{_digest(self.format.name, self.caption_field, self.sized, *told)}"
 
     def records(self, split: str, root: Path) -> "Records":
         """A split, indexed first where that is needed. Raises UserError where more than max_bad_shards cannot be read."""
@@ -180,8 +182,14 @@ class Records:
     def image(self, url: str, row: np.void) -> bytes:
         raise NotImplementedError
 
-    def order(self, seed: int, batch_size: int) -> Any:
-        """The entry at each position of a run by order[position], where that is not the usual shuffle."""
+    @property
+    def sizes(self) -> np.ndarray:
+        """uint16 [N, 2]: height and width of each picture, of a set whose index says them."""
+        return np.stack([self.rows["height"], self.rows["width"]], axis=1)
+
+    def orders(self, seed: int, batch_size: int, members: Sequence[np.ndarray] | None = None) -> Sequence[Any] | None:
+        """order[position], the entry there, of a run over all; or, for each of `members`, of one over those alone by their
+        places there. None where these are the usual shuffle."""
         return None
 
     def expect(self, entries: np.ndarray) -> None:
@@ -244,10 +252,8 @@ def index(shards: ShardSet, root: Path) -> Index:
     if not _everywhere((directory / INDEX).exists()):
         losses = _unreachable(shards)
         wanted = [(url, size) for url, size in shards.shards if not isinstance(size, Lost)]
-        parts = {
-            url: root / "shards" / "parts" / f"{_digest(shards.format.name, shards.caption_field, url, size)}.npz"
-            for url, size in wanted
-        }
+        made = (VERSION, shards.format.name, shards.caption_field, shards.sized)
+        parts = {url: root / "shards" / "parts" / f"{_digest(*made, url, size)}.npz" for url, size in wanted}
         share = wanted[jax.process_index() :: jax.process_count()]
         _scan_all(shards, share, parts, losses)
         synchronise(f"looked through {name}")
@@ -291,7 +297,7 @@ def _scan_all(shards: ShardSet, some: list[tuple[str, int]], parts: dict[str, Pa
     def work(shard: tuple[str, int]) -> None:
         url, size = shard
         try:
-            found = shards.format.scan(url, size, shards.caption_field)
+            found = shards.format.scan(url, size, shards.caption_field, shards.sized)
             said = ["\n".join(captions).encode() for captions in found.captions]
             part: dict[str, Any] = {
                 "rows": found.rows,
@@ -380,6 +386,17 @@ def _held_out(keys: np.ndarray, counts: list[int]) -> list[np.ndarray]:
 def _read_part(path: Path) -> dict[str, np.ndarray]:
     with np.load(io.BytesIO(path.read_bytes())) as part:
         return dict(part)
+
+
+def left_out(pictures: int, captioned: int, kept: int) -> dict[str, int]:
+    """Scan.problems of a shard where so many have a caption, and of these so many can be read."""
+    found = {"without a caption": pictures - captioned, "unreadable": captioned - kept}
+    return {problem: count for problem, count in found.items() if count}
+
+
+def clipped(sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """uint16 [2, N]: heights and widths, for a row; what is larger has the largest."""
+    return np.minimum(np.array(sizes).reshape(-1, 2), np.iinfo(np.uint16).max).astype(np.uint16).T
 
 
 def _digest(*parts: Any) -> str:

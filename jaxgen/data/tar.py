@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgen.data import remote
+from jaxgen.data.recipe import size_of
 from jaxgen.data.remote import Lost
-from jaxgen.data.shards import Format, Records, Scan
+from jaxgen.data.shards import Format, Records, Scan, clipped, left_out
 
 BLOCK = 512
 PICTURES = ("jpg", "jpeg", "png", "webp")
 # Read at a time while looking through a shard. On a disk bodies are skipped; elsewhere a jump costs a round trip.
 CHUNK, REMOTE_CHUNK = 2**13, 2**22
-ROW = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("length", "<i4")])
+HEAD = 2**12  # of a picture: most say within it how large they are
+ROW = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("length", "<i4"), ("height", "<u2"), ("width", "<u2")])
 CAPTIONS = ("caption", "captions", "text")  # fields of a .json
 
 
@@ -30,11 +32,12 @@ class TarRecords(Records):
         return remote.read(url, int(row["offset"]), int(row["length"]))
 
 
-def scan(url: str, size: int, field: str | None) -> Scan:
+def scan(url: str, size: int, field: str | None, sized: bool = False) -> Scan:
     """Every picture of a shard that has a caption, in the order of their places. A text is one caption; members belong
     together whose names are alike up to the first dot after the last slash. Raises Lost for what is no whole tar."""
     content = _window(url, size)
     pictures: dict[str, Member] = {}
+    sizes: dict[str, tuple[int, int] | None] = {}
     captions: dict[str, list[str]] = {}
     for member in members(content, size):
         directory, slash, base = member.name.rpartition("/")
@@ -43,16 +46,22 @@ def scan(url: str, size: int, field: str | None) -> Scan:
         if not stem or not dot:
             continue
         if ending in PICTURES:
+            if sized and key not in pictures:
+                sizes[key] = size_of(content(member.offset, min(member.length, HEAD)))
+                sizes[key] = sizes[key] or size_of(content(member.offset, member.length))
             pictures.setdefault(key, member)
         elif ending == "txt" and not field:
             captions[key] = _clean(content(member.offset, member.length).decode(errors="replace")) or captions.get(key, [])
         elif ending == "json" and not captions.get(key):
             captions[key] = _of_json(content(member.offset, member.length), field)
-    keys = [key for key, member in pictures.items() if captions.get(key) and member.length]
-    rows = np.array([(0, pictures[key].offset, pictures[key].length) for key in keys], ROW)
-    name = url.rpartition("/")[2]
-    hashes = [hashlib.blake2b(f"{name}/{key}".encode(), digest_size=8).digest() for key in keys]
-    problems = {"without a caption": len(pictures) - len(keys)} if len(pictures) > len(keys) else {}
+    said = [key for key, member in pictures.items() if captions.get(key) and member.length]
+    keys = [key for key in said if not sized or sizes[key]]
+    rows: np.ndarray = np.array([(0, *pictures[key][1:], 0, 0) for key in keys], ROW)
+    if sized:
+        rows["height"], rows["width"] = clipped([sizes[key] or (0, 0) for key in keys])
+    shard = url.rpartition("/")[2]
+    hashes = [hashlib.blake2b(f"{shard}/{key}".encode(), digest_size=8).digest() for key in keys]
+    problems = left_out(len(pictures), len(said), len(keys))
     return Scan(rows, [captions[key] for key in keys], np.frombuffer(b"".join(hashes), np.uint64), problems)
 
 

@@ -24,20 +24,25 @@ def sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int | 
     # Such a sign is twice as wide as a letter.
     wrapped = [textwrap.wrap(caption, max(cell, 48) // (12 if wide(caption) else 6))[:4] for caption in captions]
     plain, full = ImageFont.load_default(11), cjk_font() if any(map(wide, captions)) else None
-    height = cell + LINE * max(map(len, wrapped), default=0) + MARGIN
+    pictures = [_enlarged(Image.fromarray(image), cell) for image in images]
+    tall = max(picture.height for picture in pictures)
+    height = tall + LINE * max(map(len, wrapped), default=0) + MARGIN
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), "white")
     draw = ImageDraw.Draw(page)
-    for k, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+    for k, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
         x, y = MARGIN + k % columns * (cell + MARGIN), MARGIN + k // columns * (height + MARGIN)
-        picture = Image.fromarray(image)
-        scale = cell / max(picture.size)
-        # Few pixels are shown as they are; many are averaged.
-        size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-        page.paste(picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS), (x, y))
+        page.paste(picture, (x, y))
         for number, line in enumerate(lines):
-            draw.text((x, y + cell + 2 + number * LINE), line, fill="black", font=full if full and wide(line) else plain)
+            draw.text((x, y + tall + 2 + number * LINE), line, fill="black", font=full if full and wide(line) else plain)
     return np.asarray(page)
+
+
+def _enlarged(picture: Image.Image, side: int) -> Image.Image:
+    """With `side` pixels along its longer side. Few pixels are shown as they are; many are averaged."""
+    scale = side / max(picture.size)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
 
 def wide(text: str) -> bool:

@@ -134,6 +134,27 @@ class Family(Protocol):
         return {}
 
 
+def served(family: Family, usual: Shapes, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of `sizes` (height, width) in which parameters for pictures of the usual shape can draw.
+
+    Raises UserError, with a reason, where that is the usual one alone and others are asked for."""
+    init = lambda size: jax.eval_shape(  # noqa: E731
+        lambda: family.init(jax.random.key(0), usual._replace(image=(*size, usual.image[2])))
+    )
+    own, found, why = init(usual.image[:2]), [], ""
+    for size in sizes:
+        try:
+            if init(size) == own:
+                found.append(size)
+            else:
+                why = f"this network's weights are made for {usual.image[0]} x {usual.image[1]} alone"
+        except UserError as error:
+            why = str(error)
+    if why and set(found) <= {usual.image[:2]}:
+        raise UserError(f"no pictures of other proportions: {why}")
+    return found
+
+
 def to_uint8(image: jax.Array) -> jax.Array:
     """float in [-1, 1], clipped -> uint8, as families give pictures."""
     return jnp.round((jnp.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

@@ -176,7 +176,7 @@ def abstract(config: Any, mesh: Mesh, encoder: Any, dtype: Any, tokens: int) -> 
     spec = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)  # noqa: E731
     frozen = here(jax.eval_shape(lambda: config.family.init_frozen(shapes)), replicated(mesh))
     batch: dict[str, Any] = {"image": spec(*shapes.image, dtype=jnp.uint8)}
-    if loop.precomputes(config, platform, bool(config.data.crop)):
+    if loop.precomputes(config, platform, bool(config.data.crop) or config.data.max_aspect_ratio > 1):
         made = jax.eval_shape(lambda f, x: config.family.precompute(f, loop.to_float(x)), frozen, batch["image"])
         kept = lambda x: jnp.float16 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype  # noqa: E731
         batch = {name: spec(*x.shape[1:], dtype=kept(x)) for name, x in made.items()} or batch

@@ -1,5 +1,6 @@
 """Checkpoints with Orbax: written beside the training, whole or not at all, the last few and the best kept."""
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from jaxgen.storage import Path, explain, first_line, is_full, is_remote
 from jaxgen.train.state import TrainState
 
 FORMAT = 1
+TEMPORARY = ".orbax-checkpoint-tmp"  # how Orbax names a checkpoint until it is whole
 
 
 class Checkpoints:
@@ -147,6 +149,10 @@ class Checkpoints:
             line = f"cannot write {self.directory}: {first_line(error)[:200]}"
         print(f"warning: checkpoint not saved: {line}", file=sys.stderr, flush=True)
         self._failed = True
+        if jax.process_index() == 0:  # what there is of it takes space, which is scarce
+            with contextlib.suppress(OSError):
+                for half_written in self.directory.glob(f"*{TEMPORARY}"):
+                    half_written.rmtree()
 
     @property
     def failed(self) -> bool:

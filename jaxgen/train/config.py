@@ -68,6 +68,7 @@ class SampleConfig:
     temperature: float = 1.0  # of what is drawn at random: latents, tokens
     top_k: int = 0  # tokens to choose among; 0 is all
     top_p: float = 1.0  # share of the probability to choose among
+    aspect_ratio: float = 1.0  # width over height: the nearest shape of as many pixels as the square has (data/buckets.py)
 
 
 @dataclass(frozen=True)

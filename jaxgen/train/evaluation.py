@@ -1,5 +1,6 @@
 """What is looked at while training: scores on `validation`, and sheets of pictures."""
 
+import sys
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from jaxgen.data.pipeline import Source, batches
 from jaxgen.data.recipe import fit
-from jaxgen.errors import UserError
+from jaxgen.errors import NoSpace, UserError
 from jaxgen.evaluate.diversity import diversity
 from jaxgen.evaluate.pictures import save_png, sheet
 from jaxgen.families.base import to_uint8
@@ -119,10 +120,13 @@ def draw(
     else:
         columns = min(len(source), 8)
         shown = [source[k] for k in range(columns)]
-        originals = np.stack([fit(image, source.size) for image, _ in shown])
+        originals = np.stack([fit(image, source.size, source.size) for image, _ in shown])
         images = np.concatenate([originals, reconstruct(config, state, frozen, originals, mesh)])
         captions = [captions[0] for _, captions in shown] + [""] * columns
     if jax.process_index() == 0:
         page = sheet(list(images), captions, columns)
-        save_png(workdir / "samples" / f"step_{step:07d}.png", page, {"step": str(step)})
+        try:
+            save_png(workdir / "samples" / f"step_{step:07d}.png", page, {"step": str(step)})
+        except NoSpace as error:
+            print(f"warning: samples not written: {error}", file=sys.stderr, flush=True)
         log.image(step, "samples", page)

@@ -1,15 +1,19 @@
 """What a run tells: metrics.jsonl, TensorBoard, Weights & Biases where it is set up, and a line on the screen."""
 
+import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from jaxgen.errors import NoSpace
 from jaxgen.parallel.devices import known
-from jaxgen.storage import Path, as_path, is_remote, write_text
+from jaxgen.storage import Path, as_path, explain, is_remote, write_text
 
 INTERVAL = {False: 1.0, True: 60.0}  # seconds between rewrites of a local and of a remote metrics.jsonl
 
@@ -47,29 +51,66 @@ class MetricsLog:
 
 
 class TensorBoard:
-    """Event files in the workdir without TensorFlow; for a remote one they are written here and copied whole."""
+    """Event files in the workdir without TensorFlow; for a remote one they are written here and copied whole.
+
+    tensorboardX's own writer hands events to a thread that a full disk ends, and then waits for it for ever: so they are
+    written here, into a new file after one that was refused."""
 
     def __init__(self, workdir: Path, step: int):
-        from tensorboardX import SummaryWriter
-
         self._remote = workdir / "tensorboard" if is_remote(workdir) else None
-        self._local = tempfile.mkdtemp(prefix="jaxgen-events-") if self._remote else os.fspath(workdir / "tensorboard")
-        self._writer = SummaryWriter(self._local, purge_step=step + 1 if step else None)
+        local = tempfile.mkdtemp(prefix="jaxgen-events-") if self._remote else os.fspath(workdir / "tensorboard")
+        self._local, self._step = as_path(local), step
+        self._writer: Any = None
+        self._flushed = float("-inf")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
+        from tensorboardX import summary
+
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+                self._add(step, summary=summary.scalar(name if "/" in name else f"train/{name}", value))
 
     def image(self, step: int, name: str, image: Any) -> None:
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        from tensorboardX import summary
+
+        self._add(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def flush(self) -> None:
-        self._writer.flush()
-        if self._remote is not None:
-            for file in as_path(self._local).iterdir():
+        if self._writer is not None:
+            self._guarded(self._writer.flush)
+        if self._remote is not None and self._local.exists():
+            for file in self._local.iterdir():
                 (self._remote / file.name).parent.mkdir(parents=True, exist_ok=True)
                 (self._remote / file.name).write_bytes(file.read_bytes())
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]  (made at run time)
+
+        def write() -> None:
+            if self._writer is None:
+                self._local.mkdir(parents=True, exist_ok=True)
+                self._writer = EventsWriter(os.fspath(self._local / "events"))
+                if self._step:  # what an earlier start told of later steps does not count
+                    start = SessionLog(status=SessionLog.START)
+                    self._writer.write_event(Event(wall_time=time.time(), step=self._step + 1, session_log=start))
+            self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
+            if time.monotonic() - self._flushed > 30:  # somebody may be watching
+                self._writer.flush()
+                self._flushed = time.monotonic()
+
+        self._guarded(write)
+        self._step = step
+
+    def _guarded(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if self._writer is not None:
+                with contextlib.suppress(OSError):
+                    self._writer.close()
+            self._writer = None
+            raise explain(error, self._local) from error
 
 
 class WandB:
@@ -96,6 +137,7 @@ class Log:
 
     def __init__(self, workdir: Path, step: int, config: dict[str, Any]):
         self._sinks: list[Any] = []
+        self._refused: set[Any] = set()  # those that a full disk refused last
         self.last: dict[str, Any] = {}  # MetricsLog's
         if jax.process_index() == 0:
             metrics = MetricsLog(workdir, step)
@@ -103,18 +145,24 @@ class Log:
             self._sinks = [metrics, TensorBoard(workdir, step), WandB(workdir, config)]
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        for sink in self._sinks:
-            sink.write(step, values)
+        self._all("write", step, values)
 
     def image(self, step: int, name: str, image: Any) -> None:
-        for sink in self._sinks:
-            if hasattr(sink, "image"):
-                sink.image(step, name, image)
+        self._all("image", step, name, image)
 
     def flush(self) -> None:
+        self._all("flush")
+
+    def _all(self, act: str, *told: Any) -> None:
+        """A full disk does not end a run: it is told once, and metrics.jsonl is made up for when there is space again."""
         for sink in self._sinks:
-            if hasattr(sink, "flush"):
-                sink.flush()
+            try:
+                getattr(sink, act, lambda *_: None)(*told)
+                self._refused.discard(sink)
+            except NoSpace as error:
+                if sink not in self._refused:
+                    print(f"warning: metrics not written: {error}", file=sys.stderr, flush=True)
+                self._refused.add(sink)
 
 
 def peak_flops() -> float | None:

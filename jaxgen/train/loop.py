@@ -15,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgen import config as configs
+from jaxgen.data import buckets
 from jaxgen.data.pipeline import Source, batches, load_source, to_device
 from jaxgen.data.precompute import precompute
 from jaxgen.errors import UserError
-from jaxgen.families.base import Shapes
+from jaxgen.families.base import Shapes, served
 from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.parallel.memory import compile_checked, memory
@@ -71,7 +72,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
 
     # Input
     encoder = config.text.load(mesh)
-    source = load_source(config.data)
+    source = load_source(config.data, shapes=sizes(config, encoder))
     in_step = encodes_in_step(config, jax.default_backend(), len(source))
     reworded = source.rewritings.key if source.rewritings is not None else ""
     held_out = load_source(config.data, "validation") if config.eval.every else None
@@ -140,7 +141,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         checkpoints=checkpoints,
         control=control,
         marks={"text_fingerprint": encoder.fingerprint, "frozen_fingerprint": marks, "rewritten": reworded},
-        flops=lambda batch: family.train_flops(shapes, tokens_of(batch)),
+        flops=lambda batch: family.train_flops(shapes_of(batch, shapes), tokens_of(batch)),
         evaluate=lambda state: evaluate(config, state, frozen, encoder, held_out, ready, mesh),
         draw=(lambda state, step, log: draw(config, state, frozen, encoder, mesh, step, workdir, log, shown))
         if wanted
@@ -189,6 +190,15 @@ def step_of(config: Any, family: Any, optimizers: dict[str, Any], dtype: Any, **
     )
 
 
+def sizes(config: RunConfig, encoder: TextEncoder) -> list[buckets.Size]:
+    """The heights and widths that pictures are to have. Raises UserError where the network serves none but the square."""
+    usual = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
+    try:
+        return served(config.family, usual, buckets.shapes(config.data.image_size, config.data.max_aspect_ratio))
+    except UserError as error:
+        raise UserError(f"data.max_aspect_ratio={config.data.max_aspect_ratio}: {error}") from None
+
+
 def encodes_in_step(config: RunConfig, platform: str, pictures: int = 0) -> bool:
     """Whether captions of so many pictures are read inside the step there, rather than once for all. Raises UserError."""
     if config.text.adapted and not config.family.draws:
@@ -231,17 +241,14 @@ def fit(
     step = first = int(state.step)
     batch = next(feed)
     compiling = time.monotonic()
-    lowered = jitted(step_fn, where).lower(state, frozen, batch)
-    compiled = compile_checked(lowered, config, jax.tree.leaves(where)[0].mesh)
+    programs = Programs(jitted(step_fn, where), config, jax.tree.leaves(where)[0].mesh)
+    used = memory(programs(state, frozen, batch))
     compile_s = time.monotonic() - compiling
-    used = memory(compiled)
-    tell(f"compiled in {compile_s:.1f} s; {used / 2**30:.2f} GiB a device")
 
     # Loop
     log = Log(workdir, step, configs.to_dict(config))
     clock = Goodput(began, control["spent"], log.last)
     log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began, **clock.told()})
-    flops_step = flops(batch) * config.train.batch_size
     hush_writers()
     trace = Trace(workdir, first + 10) if profile else None
     metrics: dict[str, jax.Array] = {}
@@ -269,12 +276,16 @@ def fit(
 
     with stopping() as asked_to_stop:
         clock.to("step")
-        since, since_step = time.monotonic(), step
+        since, since_step, done_flops = time.monotonic(), step, 0.0
         while step < config.train.steps and not control["stopped"]:
             if metrics:
                 # One step in flight besides the running one: enough to hide the host's work, and no pile-up on a CPU.
                 jax.block_until_ready(metrics["loss"])
-            state, metrics = compiled(state, frozen, batch)
+            done_flops += flops(batch) * config.train.batch_size
+            clock.to("restart")  # a shape that has not come before is compiled now
+            program = programs(state, frozen, batch)
+            clock.to("step")
+            state, metrics = program(state, frozen, batch)
             step += 1
             if trace is not None:
                 trace.at(step, metrics)
@@ -286,7 +297,7 @@ def fit(
                 stop_if_failed(values)
                 now = time.monotonic()
                 ms = (now - since) * 1000 / (step - since_step)
-                rate = flops_step / ms * 1000
+                rate = done_flops / (now - since)
                 values |= {"step_ms": ms, f"{unit}_per_sec": config.train.batch_size * 1000 / ms, "gflops": rate / 1e9}
                 peak = peak_flops()
                 if peak is not None:
@@ -294,7 +305,7 @@ def fit(
                 values.pop("failed")
                 log.write(step, values | clock.told())
                 tell(progress_line(step, config.train.steps, values))
-                since, since_step = time.monotonic(), step
+                since, since_step, done_flops = time.monotonic(), step, 0.0
             scores = None
             clock.to("look")
             if config.eval.every and (step % config.eval.every == 0 or last) and not stops:
@@ -311,7 +322,7 @@ def fit(
                 stop_if_failed(metrics)
                 save(scores)
             if scores is not None or step % config.sample.every == 0:
-                since, since_step = time.monotonic(), step
+                since, since_step, done_flops = time.monotonic(), step, 0.0
             if stops:
                 break
         clock.to("save")
@@ -331,6 +342,23 @@ def fit(
     return state
 
 
+class Programs:
+    """The compiled step, one for each shape of batch that comes. Raises UserError where one does not fit into memory."""
+
+    def __init__(self, step: Any, config: Any, mesh: Mesh):
+        self._step, self._config, self._mesh = step, config, mesh
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, state: TrainState, frozen: Params, batch: Any) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._compiled:
+            began = time.monotonic()
+            self._compiled[shapes] = compile_checked(self._step.lower(state, frozen, batch), self._config, self._mesh)
+            used = memory(self._compiled[shapes])
+            tell(f"compiled in {time.monotonic() - began:.1f} s; {used / 2**30:.2f} GiB a device")
+        return self._compiled[shapes]
+
+
 def is_finished(config: Any, workdir: Path, step: int, control: dict[str, Any]) -> bool:
     """Whether a run has nothing left to do, which is told."""
     done = step >= config.train.steps or control["stopped"]
@@ -341,7 +369,7 @@ def is_finished(config: Any, workdir: Path, step: int, control: dict[str, Any]) 
 
 def precomputed(config: RunConfig, source: Source, frozen: Params) -> dict[str, np.ndarray] | None:
     """What the family makes of the pictures, from files beside the set; None where it sees them, or makes it in the step."""
-    if not precomputes(config, jax.default_backend(), source.crop):
+    if not precomputes(config, jax.default_backend(), source.crop or source.bucket is not None):
         return None
     codec: Any = getattr(config.family, "codec", None)
     make = lambda frozen, image: config.family.precompute(frozen, to_float(image))  # noqa: E731
@@ -349,9 +377,10 @@ def precomputed(config: RunConfig, source: Source, frozen: Params) -> dict[str, 
     return precompute(config.data, source, make, frozen, key)
 
 
-def precomputes(config: RunConfig, platform: str, crop: bool) -> bool:
-    """Whether what the family's codec makes of the pictures is kept there, ahead of the steps. crop: whether they are."""
-    wanted = config.data.precompute if config.data.precompute is not None else platform == "cpu" and not crop
+def precomputes(config: RunConfig, platform: str, changing: bool) -> bool:
+    """Whether what the family's codec makes of the pictures is kept there, ahead of the steps. changing: whether these are
+    cropped at random or of several shapes."""
+    wanted = config.data.precompute if config.data.precompute is not None else platform == "cpu" and not changing
     return wanted and getattr(config.family, "codec", None) is not None
 
 
@@ -398,6 +427,11 @@ def featurize(encoder: TextEncoder, table: CaptionTable | None, source: Source) 
 def seen(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch without its captions."""
     return {name: value for name, value in batch.items() if name != "caption"}
+
+
+def shapes_of(batch: dict[str, Any], usual: Shapes) -> Shapes:
+    """Those of a batch's pictures; the usual ones where it has their latents."""
+    return usual._replace(image=batch["image"].shape[1:]) if "image" in batch else usual
 
 
 def tokens_of(batch: dict[str, Any]) -> int:

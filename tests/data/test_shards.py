@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgen.data import parquet, registry, remote, shards, tar
+from jaxgen.data.buckets import shapes
 from jaxgen.data.config import DataConfig
 from jaxgen.data.parquet import Kept, WindowShuffle
 from jaxgen.data.pipeline import batches, load_source
@@ -399,6 +401,51 @@ def test_a_shard_lost_while_training_is_replaced_by_pictures_of_the_others(kind,
     server.faults |= {f"00002.{kind}": 403}
     with pytest.raises(UserError, match=r"2 of 4 shards cannot be read, more than data\.max_bad_shards=1"):
         take(strict, 12)
+
+
+# Heights and widths, and the shape of a square of 16 pixels in which each is to be seen.
+SIZES = {(90, 60): (20, 12), (60, 90): (12, 20), (50, 50): (16, 16), (10, 80): (12, 20)}
+
+
+def numbered(k, size):
+    return cv2.imencode(".png", np.full((*size, 3), (7, 0, k), np.uint8))[1].tobytes()
+
+
+@KINDS
+def test_pictures_keep_their_proportions_in_batches_of_one_shape(kind, server, tmp_path, capsys, monkeypatch):
+    sizes, shards = [*SIZES], range(0, COUNT, COUNT // SHARDS)
+    data = [numbered(k, sizes[k % 4]) if k != 7 else b"broken" for k in range(COUNT)]
+    for shard, start in enumerate(shards):
+        some = range(start, start + COUNT // SHARDS)
+        named = {f"{k}.{end}": body for k in some for end, body in (("png", data[k]), ("txt", f"number {k}".encode()))}
+        images = pa.array([{"bytes": data[k]} for k in some])
+        server.files[f"{shard:05d}.{kind}"] = tar_of(named) if kind == "tar" else parquet_of(some, image=images)
+    config = config_of(kind, server.url(""), tmp_path, max_aspect_ratio=2.0, threads=4)
+    among = shapes(SIDE, 2.0)[::2]
+    source, kept = (load_source(dataclasses.replace(config, keep_in_memory=size), shapes=among) for size in (0, 1))
+    assert "left out 1 unreadable" in capsys.readouterr().err
+    if kind == "parquet":
+        monkeypatch.setattr(source.records, "window", 2)
+        monkeypatch.setattr(kept.records, "window", 2)
+    whole = take(source, 60, batch_size=4)
+    shown = {batch["image"].shape for batch in whole}
+    assert shown == {(4, *shape, 3) for shape in SIZES.values()}
+    for batch in whole:
+        assert [f"number {k}" for k in numbers_of([batch])] == batch["caption"]
+        assert {SIZES[sizes[k % 4]] for k in numbers_of([batch])} == {batch["image"].shape[1:3]}
+    seen = np.bincount(numbers_of(whole), minlength=COUNT)
+    assert (seen[[number_of(source[i][0]) for i in range(len(source))]] >= 240 // len(source) - 2).all()
+    assert source.bad == 0
+    same(take(source, 20, batch_size=4, start_step=40), whole[40:])
+    parts = [take(source, 60, batch_size=4, process_index=i, process_count=2) for i in range(2)]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([part[step]["image"] for part in parts]), batch["image"])
+    same(take(kept, 60, batch_size=4), whole)
+    # Validation is of squares, by the same index.
+    server.asked.clear()
+    held = load_source(config, "validation")
+    assert {held[i][0].shape for i in range(len(held))} == {(16, 16, 3)}
+    assert len(server.asked) <= SHARDS + 2 * len(held)
 
 
 def test_an_unreadable_picture_is_replaced_and_counted(tmp_path):

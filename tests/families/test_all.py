@@ -14,9 +14,10 @@ import optax
 import pytest
 
 from jaxgen import config as configs
+from jaxgen.errors import UserError
 from jaxgen.families import DDPM, Autoencoder, Autoregressive, Family, Flow, Gan, OneStep, Vae
 from jaxgen.families.autoencoder import KL, Convolutional
-from jaxgen.families.base import SampleSettings, Shapes
+from jaxgen.families.base import SampleSettings, Shapes, served
 from jaxgen.families.codec import Pretrained
 from jaxgen.families.fsq import FSQ
 from jaxgen.families.gan_networks import Residual
@@ -193,6 +194,32 @@ def test_a_picture_stands_alone_and_ends_its_trace(name):
     assert (again[0] != pictures[0]).any()
     # All numbers can be traced, so that others do not compile anew.
     assert [a.shape for a in jax.eval_shape(both, settings, words, null, keys)] == [pictures.shape, frames.shape]
+
+
+@each
+def test_other_shapes_are_learned_and_drawn_or_refused(name):
+    family, size = FAMILIES[name], (8, 16)
+    if name in ("gan", "vae", "raster", "masked"):  # places have weights of their own
+        with pytest.raises(UserError, match=r"this network's weights are made for 8 x 8 alone"):
+            served(family, SHAPES, [(8, 8), size])
+        return
+    assert served(family, SHAPES, [(8, 8), size, (7, 9)]) == [(8, 8), size]
+    with pytest.raises(UserError, match=r"no pictures of other proportions: .*image_size=7 is no multiple of"):
+        served(family, SHAPES, [(8, 8), (7, 9)])
+    shape = (*size, 3)
+    image = jax.random.uniform(jax.random.key(3), (4, *shape), minval=-1, maxval=1)
+    params = random_like(jax.eval_shape(lambda: family.init(jax.random.key(0), SHAPES)))
+    frozen = random_like(jax.eval_shape(lambda: family.init_frozen(SHAPES)), seed=1)
+    learn = lambda image: family.losses(params, frozen, {"image": image, "text": text(4)}, jax.random.key(0))  # noqa: E731
+    learned = jax.jit(learn)(image)
+    assert all(np.isfinite(loss) for loss, _ in learned.values())
+    if family.draws:
+        family = family.to_draw()
+        drawn = {group: params[group] for group in family.drawn}
+        settings = SampleSettings(shape, SAMPLERS.get(name, family.samplers[0]), num_steps=1)
+        keys = jax.random.split(jax.random.key(0), 4)
+        found = jax.eval_shape(lambda: family.sample(drawn, frozen, text(4), text(4, seed=9), keys, settings))
+        assert found.shape == (4, *shape)
 
 
 @each

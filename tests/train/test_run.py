@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from cv2 import imread
+from cv2 import imread, imwrite
 
 import jaxgen
+from jaxgen.errors import UserError
 from jaxgen.evaluate.pictures import read_metadata
 from jaxgen.storage import as_path
 from tests.train.runs import ROOT, command, environment, weights
@@ -77,6 +78,27 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (finished / "samples" / "step_0000012.png").exists()
     assert list((finished / "tensorboard").iterdir())
     assert json.loads((finished / "config.json").read_text())["train"]["steps"] == 24
+
+
+def test_pictures_of_several_shapes_are_learned_and_drawn(place, tmp_path):
+    (tmp_path / "own").mkdir()
+    for k in range(48):
+        high, wide = ((16, 16), (40, 60), (60, 40))[k % 3]
+        imwrite(tmp_path / "own" / f"{k}.png", np.full((high, wide, 3), 4 * k, np.uint8))
+        (tmp_path / "own" / f"{k}.txt").write_text(f"grey number {k}")
+    own = (f"--config.data.name=folder:{tmp_path / 'own'}", "--config.data.max_aspect_ratio=2")
+    done = train(place, "shapes", *own, "--config.sample.aspect_ratio=1.5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled in") == 3
+    found = lines(place / "shapes")
+    assert list(found) == list(range(1, 25))
+    assert all(np.isfinite(loss) for loss in found.values())
+    assert imread(place / "shapes/samples/step_0000024.png").shape[:2] == (round(128 * 12 / 20) + 13 * 1 + 18, 128 + 12)
+    model = jaxgen.load(str(place / "shapes"))
+    shapes = {ratio: model.sample("grey", aspect_ratio=ratio, num_steps=1).shape[1:3] for ratio in (1, 16 / 9, 2 / 3)}
+    assert shapes == {1: (16, 16), 16 / 9: (12, 20), 2 / 3: (20, 12)}
+    with pytest.raises(UserError, match="aspect_ratio=0 is width over height"):
+        model.sample("grey", aspect_ratio=0)
 
 
 def test_a_finished_run_says_so(place, finished):
