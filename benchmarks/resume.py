@@ -1,13 +1,16 @@
 """Whether a killed run goes on exactly: SIGKILL at random moments, saves included, against the run nobody touched.
 
-    python benchmarks/resume.py [--kills=20] [--during_saves=5] [--terms=5] [--steps=400] [--seed=0] [--dir=DIR] [--json=FILE]
+    python benchmarks/resume.py [--kills=20] [--during_saves=5] [--terms=5] [--steps=400] [--processes=1] [--seed=0]
+        [--dir=DIR] [--json=FILE]
 
 One tiny run is left alone; the same command on one other workdir is killed and started again until it has finished, and
-on a third one SIGTERM is sent (how long from the end of its step to the saved exit?). The exit status is 1 where any
-weight, average, moment, loss or batch differs in one bit, a checkpoint once written is not gone on from, something
-half-written stays, or too few kills met a save. About ten seconds a kill on two cores."""
+on a third one SIGTERM is sent (how long from the end of its step to the saved exit?). With --processes=2 a run is two
+processes of one JAX program, a signal meets one of them by lot, and the other one has to end by itself within a minute. The
+exit status is 1 where any weight, average, moment, loss or batch differs in one bit, a checkpoint once written is not gone on
+from, something half-written stays, or too few kills met a save. About ten seconds a kill on two cores."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxgen.text.scratch import scene_captions, write
 from jaxgen.train.goodput import TOLD
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +34,7 @@ CONFIG = """
 from jaxgen.data.config import DataConfig
 from jaxgen.families.flow import Flow
 from jaxgen.families.unet import UNet
+from jaxgen.text.config import TextConfig
 from jaxgen.train.config import OptimizerConfig, RunConfig, TrainConfig
 
 def get_config():
@@ -37,10 +42,13 @@ def get_config():
         family=Flow(network=UNet(widths=(32, 192), down=(1, 1), up=(1, 1), head_dim=32, dropout=0.1)),
         data=DataConfig(image_size=16, train_examples=512, dir={data!r}),
         train=TrainConfig(steps={steps}, batch_size=8, log_every=1, checkpoint_every={every}),
+        text=TextConfig(source={text!r}),
         optimizer=OptimizerConfig(warmup_steps=20),
     )
 """
 TIMED = ("step_ms", "images_per_sec", "gflops", "mfu", *TOLD)  # of a training line
+DEVICES = 2  # of a run, whatever its processes
+PEER = 60.0  # seconds within which a process notices that another one has died
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax names a checkpoint so until it is whole
 # Kinds of moments and their shares; what is left of the kills meets a step.
 SHARES = {"saving": 0.35, "start-up": 0.15, "restoring": 0.15, "compiling": 0.1}
@@ -49,9 +57,12 @@ SHARES = {"saving": 0.35, "start-up": 0.15, "restoring": 0.15, "compiling": 0.1}
 class Child:
     """A train.py under way: what it has told so far, and when."""
 
-    def __init__(self, place: Path, name: str):
-        self.workdir = place / name
+    def __init__(self, place: Path, name: str, processes: int = 1):
+        self.workdir, self.count = place / name, processes
         command = [sys.executable, str(ROOT / "train.py"), f"--config={place / f'{name}.py'}", f"--workdir={self.workdir}"]
+        if processes > 1:
+            together = ["-m", "jaxgen.parallel.launch", f"--processes={processes}", f"--devices={DEVICES // processes}", "--"]
+            command = [sys.executable, *together, *command]
         self.errors = place / f"{name}.stderr"
         self.began = time.monotonic()
         self.phase, self.resumed, self.step = "start-up", None, None
@@ -85,8 +96,22 @@ class Child:
             time.sleep(0.002)
         return True
 
-    def send(self, number: int) -> None:
-        self.process.send_signal(number)
+    def members(self) -> list[int]:
+        """The numbers of the run's processes, in their order."""
+        if self.count == 1:
+            return [self.process.pid]
+        try:
+            return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        except OSError:
+            return []
+
+    def send(self, number: int, rng: random.Random) -> int:
+        """To a process by lot, whose place is returned."""
+        self.wait_until(lambda: len(self.members()) == self.count)
+        place = rng.randrange(self.count)
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.kill(self.members()[place], number)
+        return place
 
     def end(self) -> int:
         status = self.process.wait()
@@ -110,7 +135,11 @@ class Child:
 
 def environment(place: Path) -> dict[str, str]:
     keep = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
-    mine = {"JAX_PLATFORMS": "cpu", "JAXGEN_CPU_DEVICES": "2", "JAX_COMPILATION_CACHE_DIR": str(place / "xla")}
+    mine = {
+        "JAX_PLATFORMS": "cpu",
+        "JAXGEN_CPU_DEVICES": str(DEVICES),
+        "JAX_COMPILATION_CACHE_DIR": str(place / "xla"),
+    }
     return keep | mine | {"PYTHONPATH": str(ROOT)}
 
 
@@ -159,12 +188,15 @@ def kill(child: Child, kind: str, target: int, usual: dict[str, float], rng: ran
         time.sleep(rng.uniform(0, 0.7) * usual["save"])
     before = child.saving()
     phase = child.phase
-    child.send(signal.SIGKILL)
+    hit = child.send(signal.SIGKILL, rng)
+    sent = time.monotonic()
     if child.end() == 0 or not alive:
         return None
     met = sorted(before & child.saving())
     return {
         "aimed": kind,
+        "process": hit,
+        "all_gone": round(time.monotonic() - sent, 2),
         "seconds": round(time.monotonic() - child.began, 2),
         "from_step": child.resumed,
         "step": child.step,
@@ -181,7 +213,7 @@ def kill_and_restart(place: Path, arguments: Any, usual: dict[str, float], probl
     print(f"{'kill':>4s} {'after':>7s}  {'went on from':>12s} {'step':>5s}  {'phase':10s} checkpoints on disk; half-written")
     while True:
         expected = max(whole(place / "killed"), default=0)
-        child = Child(place, "killed")
+        child = Child(place, "killed", arguments.processes)
         if kinds:
             kind, target = kinds.pop(0)
             row = kill(child, kind, target, usual, rng)
@@ -190,6 +222,8 @@ def kill_and_restart(place: Path, arguments: Any, usual: dict[str, float], probl
             if "first step" in child.times:  # with everything compiled before
                 usual |= child.times
             kills.append(row)
+            if row["all_gone"] > PEER:
+                problems.append(f"kill {len(kills)} of process {row['process']}: the rest ended {row['all_gone']} s later")
             told = ", ".join(map(str, row["whole"])) + ("; " + ", ".join(row["half_written"]) if row["half_written"] else "")
             start = "-" if row["from_step"] is None else row["from_step"]
             print(
@@ -219,12 +253,12 @@ def terminate(place: Path, arguments: Any, problems: list[str]) -> list[dict[str
     rng = random.Random(arguments.seed + 1)
     rows = []
     for i in range(arguments.terms):
-        child = Child(place, "terminated")
+        child = Child(place, "terminated", arguments.processes)
         target = int(arguments.steps * 0.9 * (i + rng.random()) / arguments.terms)
         child.wait_until(lambda child=child, target=target: child.step is not None and child.step >= target)
         time.sleep(rng.uniform(0, 0.3))
         sent, busy = time.monotonic(), bool(child.saving())
-        child.send(signal.SIGTERM)
+        child.send(signal.SIGTERM, rng)
         status, ended = child.end(), time.monotonic()
         row = {
             "step": child.step,
@@ -243,7 +277,7 @@ def terminate(place: Path, arguments: Any, problems: list[str]) -> list[dict[str
         if row["from_end_of_step"] > arguments.limit:
             problems.append(f"SIGTERM at step {child.step}: {row['from_end_of_step']} s, more than {arguments.limit:g} s")
     if rows:
-        Child(place, "terminated").finish("the last start after SIGTERM")
+        Child(place, "terminated", arguments.processes).finish("the last start after SIGTERM")
     return rows
 
 
@@ -326,6 +360,7 @@ def main() -> None:
     parser.add_argument("--during_saves", type=int, default=5, help="at least so many of them while a save is under way")
     parser.add_argument("--terms", type=int, default=5, help="how often SIGTERM is tried")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--processes", type=int, default=1, help="of a run")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--limit", type=float, default=10, help="seconds from the end of a step to the saved exit on SIGTERM")
@@ -347,10 +382,12 @@ def measure(place: Path, arguments: Any) -> dict[str, Any]:
             sys.exit(f"{place / name} exists: choose an empty --dir")
         # The killed run prepares its own pictures and caption table, so that kills meet that too.
         data = place / ("data_killed" if name == "killed" else "data")
-        (place / f"{name}.py").write_text(CONFIG.format(data=str(data), steps=arguments.steps, every=arguments.every))
+        values = {"data": str(data), "text": str(place / "text"), "steps": arguments.steps, "every": arguments.every}
+        (place / f"{name}.py").write_text(CONFIG.format(**values))
+    write(place / "text", scene_captions(("en",)))  # an encoder that takes no time to load
     problems: list[str] = []
 
-    child = Child(place, "whole")
+    child = Child(place, "whole", arguments.processes)
     child.finish("the run nobody touches")
     saves = sorted(child.saves) or [0.0]
     usual = {**child.times, "save": saves[len(saves) // 2]}
@@ -373,6 +410,8 @@ def measure(place: Path, arguments: Any) -> dict[str, Any]:
     if reached != arguments.steps or resumed != straight:
         problems.append(f"the three batches after step {reached} are not those after step {arguments.steps}")
 
+    if arguments.processes > 1 and kills:
+        print(f"\nof {arguments.processes} processes the others ended at most {max(row['all_gone'] for row in kills)} s after")
     phases = [row["phase"] for row in kills]
     print(f"\n{'kills':12s}" + "".join(f"{phase:>12s}" for phase in sorted(set(phases))))
     print(f"{len(kills):<12d}" + "".join(f"{phases.count(phase):12d}" for phase in sorted(set(phases))))

@@ -2,13 +2,18 @@
 
 Objects are written whole: nothing here appends to or renames a remote file, which object stores cannot do."""
 
+import contextlib
 import errno
 import importlib.util
+import io
 import json
 import os
 import tempfile
-from typing import Any
+from collections.abc import Generator
+from types import SimpleNamespace
+from typing import IO, Any
 
+import numpy as np
 from etils import epath
 
 from jaxgen.errors import NoSpace, UserError
@@ -31,19 +36,23 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file: readers see the old content or the new, never a part. Makes missing parents.
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[IO[bytes]]:
+    """A file to be filled, which is there when the block ends: readers see the old content or the new, never a part. Makes
+    missing parents.
 
     Raises UserError where the disk is full or writing is not permitted."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_remote(path):
-            path.write_bytes(data)
+            buffer = io.BytesIO()
+            yield buffer
+            path.write_bytes(buffer.getvalue())
             return
         handle, temporary = tempfile.mkstemp(dir=os.fspath(path.parent), prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -53,6 +62,18 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise explain(error, path) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with writing(path) as file:
+        file.write(data)
+
+
+def write_array(path: Path, value: np.ndarray) -> None:
+    """A .npy file, without a copy in memory."""
+    with writing(path) as file:
+        # Into no more than something that can be written to: into a file it writes by itself, and does not say that it is full.
+        np.lib.format.write_array(SimpleNamespace(write=file.write), value, allow_pickle=False)  # ty: ignore[invalid-argument-type]
 
 
 def write_text(path: Path, text: str) -> None:

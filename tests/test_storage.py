@@ -1,9 +1,12 @@
 import os
+import resource
+import tracemalloc
 
+import numpy as np
 import pytest
 
-from jaxgen.errors import UserError
-from jaxgen.storage import as_path, read_json, write_bytes, write_json
+from jaxgen.errors import NoSpace, UserError
+from jaxgen.storage import as_path, read_json, write_array, write_bytes, write_json
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -26,6 +29,27 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
         write_bytes(file, b"new")
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_array_is_written_without_a_copy_of_it(tmp_path, transposed):
+    value = np.random.default_rng(0).normal(size=(3000, 1000))
+    value = value.T if transposed else value
+    tracemalloc.start()
+    write_array(as_path(tmp_path / "a.npy"), value)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.8 * value.nbytes
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), value)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(NoSpace, match="no space left to write"):
+            write_array(as_path(tmp_path / "a.npy"), value + 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), value)
+    assert os.listdir(tmp_path) == ["a.npy"]
 
 
 def test_json_that_is_missing_or_broken_is_told(tmp_path):

@@ -61,6 +61,13 @@ def keep_memory() -> None:
         mallopt(name, value)
 
 
+def trim_memory() -> None:
+    """Gives back to the system what `keep_memory` holds of what has been freed so far: before a loop that needs less."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 @contextlib.contextmanager
 def together() -> Generator[None]:
     """Around what several processes do in step: one of them that fails ends at once, and the others with it.

@@ -1,6 +1,5 @@
 """Captions encoded once, ahead of training, where the encoder would cost more than the step (a CPU)."""
 
-import io
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxgen.errors import UserError
-from jaxgen.storage import Path, write_bytes, write_json
+from jaxgen.storage import Path, write_array, write_json
 from jaxgen.text.encoder import TextEncoder
 from jaxgen.text.features import TextFeatures
 
@@ -50,7 +49,7 @@ def encode_captions(encoder: TextEncoder, captions: Iterable[str], path: Path | 
     table = _encode(encoder, new, tokens) if kept is None else _joined(unique, kept, _encode(encoder, new, tokens))
     if path is not None and jax.process_index() == 0:
         for name, value in (("hidden", table.hidden), ("pooled", table.pooled), ("lengths", table.lengths)):
-            write_bytes(path / f"{name}.npy", _npy(value))
+            write_array(path / f"{name}.npy", value)
         # Last: without it the rest does not count.
         write_json(path / "key.json", {"fingerprint": encoder.fingerprint, "captions": list(table.index)})
     return table
@@ -137,12 +136,6 @@ def _read(path: Path, fingerprint: str) -> CaptionTable | None:
         return CaptionTable(key["captions"], *arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-
-
-def _npy(value: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, value)
-    return buffer.getvalue()
 
 
 def host_memory() -> int:

@@ -24,7 +24,7 @@ from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.parallel.memory import compile_checked, memory
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
-from jaxgen.parallel.runtime import compute_dtype
+from jaxgen.parallel.runtime import compute_dtype, trim_memory
 from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
 from jaxgen.text import TextEncoder
 from jaxgen.text.adapt import keep_frozen, text_of, with_text
@@ -244,6 +244,7 @@ def fit(
     programs = Programs(jitted(step_fn, where), config, jax.tree.leaves(where)[0].mesh)
     used = memory(programs(state, frozen, batch))
     compile_s = time.monotonic() - compiling
+    trim_memory()  # reading, encoding and compiling are over
 
     # Loop
     log = Log(workdir, step, configs.to_dict(config))

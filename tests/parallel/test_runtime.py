@@ -121,3 +121,26 @@ print(*faults)
 
     kept, given_back = faults("kept"), faults("given back")
     assert max(kept[1:]) < 10 < min(given_back[1:])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_kept_memory_is_given_back_when_that_is_asked():
+    program = """
+import numpy as np
+from jaxgen.parallel.runtime import keep_memory, trim_memory
+keep_memory()
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1000
+def take():
+    below = np.full(25_000_000, 1.0, np.float32)
+    above = np.full(1000, 1.0, np.float32)  # is still used, so that what is below it lies in the middle of the heap
+    return above
+before = resident()
+above = take()
+kept = resident()
+trim_memory()
+print(kept - before, resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kept, after = map(int, done.stdout.split())
+    assert kept > 90 > 10 > after  # MB
