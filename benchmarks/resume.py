@@ -38,8 +38,8 @@ from jaxgen.text.config import TextConfig
 from jaxgen.train.config import OptimizerConfig, RunConfig, TrainConfig
 
 def get_config():
-    return RunConfig(  # more weights than the pictures need, so that saves take their time
-        family=Flow(network=UNet(widths=(32, 192), down=(1, 1), up=(1, 1), head_dim=32, dropout=0.1)),
+    return RunConfig(
+        family=Flow(network=UNet(widths={widths}, down=(1, 1), up=(1, 1), head_dim={widths}[0], dropout=0.1)),
         data=DataConfig(image_size=16, train_examples=512, dir={data!r}),
         train=TrainConfig(steps={steps}, batch_size=8, log_every=1, checkpoint_every={every}),
         text=TextConfig(source={text!r}),
@@ -70,7 +70,9 @@ class Child:
         self.times: dict[str, float] = {}  # seconds after the start
         self.last_step_line = self.began
         with open(self.errors, "a") as errors:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(place))
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(place, processes)
+            )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -133,13 +135,15 @@ class Child:
             sys.exit(f"{during}: train.py ended with status {status}\n{self.errors.read_text()[-3000:]}")
 
 
-def environment(place: Path) -> dict[str, str]:
+def environment(place: Path, processes: int) -> dict[str, str]:
     keep = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     mine = {
         "JAX_PLATFORMS": "cpu",
         "JAXGEN_CPU_DEVICES": str(DEVICES),
         "JAX_COMPILATION_CACHE_DIR": str(place / "xla"),
     }
+    # Where starts compile anew, they do it quickly rather than well.
+    mine |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"} if processes > 1 else {}
     return keep | mine | {"PYTHONPATH": str(ROOT)}
 
 
@@ -382,7 +386,11 @@ def measure(place: Path, arguments: Any) -> dict[str, Any]:
             sys.exit(f"{place / name} exists: choose an empty --dir")
         # The killed run prepares its own pictures and caption table, so that kills meet that too.
         data = place / ("data_killed" if name == "killed" else "data")
+        # More weights than the pictures need, so that saves take their time. But of several processes JAX keeps the compiled
+        # program of the first alone, and the others compile at each start.
+        widths = (32, 192) if arguments.processes == 1 else (8, 16)
         values = {"data": str(data), "text": str(place / "text"), "steps": arguments.steps, "every": arguments.every}
+        values["widths"] = widths
         (place / f"{name}.py").write_text(CONFIG.format(**values))
     write(place / "text", scene_captions(("en",)))  # an encoder that takes no time to load
     problems: list[str] = []
