@@ -8,9 +8,12 @@ import time
 
 import numpy as np
 import pytest
+from cv2 import imencode
 
+from jaxgen.data.scenes import example, render
 from jaxgen.parallel.launch import launch
 from jaxgen.text.scratch import scene_captions, write
+from tests.data.test_shards import tar_of
 from tests.train.runs import command, environment, weights
 
 CONFIG = """
@@ -35,6 +38,13 @@ def get_config():
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("processes")
     write(place / "text", scene_captions(("en",)))  # a text encoder that takes no time
+    for shard in range(4):
+        files = {}
+        for k in range(shard * 20, shard * 20 + 20):
+            scene, captions = example("train", k, size=16)[:2]
+            files[f"{k}.png"] = imencode(".png", render(scene, 16)[..., ::-1])[1].tobytes()
+            files[f"{k}.json"] = json.dumps({"caption": captions[0]}).encode()
+        (place / f"{shard:05d}.tar").write_bytes(tar_of(files))
     (place / "tiny.py").write_text(CONFIG.format(data=str(place / "data"), text=str(place / "text")))
     return place
 
@@ -77,13 +87,18 @@ def lines(workdir):
 
 
 def test_two_processes_of_four_devices_are_one_of_eight(place, capfd):
-    overrides = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
-    pair = Pair(place, "pair", *overrides, devices=4)  # which also prepares the pictures and encodes the captions
-    assert pair.end() == [0, 0], capfd.readouterr().err
+    """The pair also looks through the shards, two of them each, and encodes the captions."""
+    shards = f"--config.data.name=tar:{place}/{{00000..00003}}.tar"
+    overrides = (shards, "--config.mesh.data=2", "--config.mesh.fsdp=4")
+    pair = Pair(place, "pair", *overrides, devices=4)
+    assert pair.end() == [0, 0]
     assert "2 processes" in pair.log.read_text()
+    looked = [line for line in capfd.readouterr().err.splitlines() if "looking through" in line]
+    assert sorted(looked) == ["[1] looking through 2 shards of 4", "looking through 2 shards of 4"]
     run = {"env": environment(place, 8), "capture_output": True, "text": True, "timeout": 600}
     alone = subprocess.run(command(place, "alone", *overrides), **run)
     assert alone.returncode == 0, alone.stderr
+    assert "looking through" not in alone.stderr
     ours, theirs = lines(place / "pair"), lines(place / "alone")
     assert ours.keys() == theirs.keys()
     assert (6, "eval/loss") in ours
