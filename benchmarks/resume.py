@@ -379,6 +379,10 @@ def main() -> None:
 
 
 def measure(place: Path, arguments: Any) -> dict[str, Any]:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxgen.parallel import runtime
+
+    runtime.start(allow_cpu=True)  # this process writes the encoder, and reads at last what the runs have left
     began = time.monotonic()
     place.mkdir(parents=True, exist_ok=True)
     for name in ("whole", "killed", "terminated"):
@@ -407,11 +411,6 @@ def measure(place: Path, arguments: Any) -> dict[str, Any]:
     kills = kill_and_restart(place, arguments, usual, problems)
     terms = terminate(place, arguments, problems)
 
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(ROOT))
-    from jaxgen.parallel import runtime
-
-    runtime.start(allow_cpu=True)
     compared = {name: compare(place / name, place / "whole", problems) for name in ("killed", "terminated")[: 1 + bool(terms)]}
     reached = max(whole(place / "killed"), default=0)
     resumed, straight = next_batches(place, reached, arguments.steps)
