@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def ratio(said: str) -> float:
-    """ "3:2" or "1.5"."""
+    """Width over height, of 3:2 as of 1.5. Raises ValueError where that is no positive number."""
     width, _, height = said.partition(":")
     value = float(width) / (float(height or 1) or float("nan"))
     if not 0 < value < float("inf"):

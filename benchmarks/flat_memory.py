@@ -8,7 +8,6 @@ the middle of the two. Linux only (/proc)."""
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from training import ROOT
+from training import ROOT, environment
 
 from jaxgen.errors import UserError, cli
 
@@ -78,11 +77,8 @@ def main() -> None:
         every = max(arguments.from_step // 2, 1)
         (place / "tiny.py").write_text(CONFIG.format(data=str(place / "data"), steps=arguments.steps, every=every))
         command = [sys.executable, str(ROOT / "train.py"), f"--config={place / 'tiny.py'}", f"--workdir={place / 'run'}"]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with open(place / "errors.txt", "w") as errors:
-            process = subprocess.Popen(
-                command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
+            process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True)
         met = watch(process, arguments)
         if process.returncode or not met:
             raise UserError(f"train.py ended with status {process.returncode}: {(place / 'errors.txt').read_text()[-500:]}")

@@ -11,7 +11,6 @@ Targets: goodput 0.85 with a kill every 2 minutes, 0.97 every 10."""
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training import ROOT
+from training import ROOT, environment
 
 from jaxgen.errors import UserError, cli
 from jaxgen.train.goodput import PHASES
@@ -32,11 +31,10 @@ def run(arguments: argparse.Namespace, overrides: list[str], workdir: Path) -> d
     """The last line's phases in seconds over all starts but the first, and that one's."""
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / arguments.config}", f"--workdir={workdir}"]
     command += ["--config.train.steps=1000000", "--config.sample.prompts=", "--config.train.log_every=10", *overrides]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     first: dict[str, float] = {}
     for start in range(arguments.kills + 1):
         with open(workdir.with_name(f"{workdir.name}.log"), "a") as log:
-            process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
             if start == 0:  # its compilation comes once in a run's life
                 while process.poll() is None and not first.get("step"):
                     time.sleep(0.5)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgen.text.scratch import scene_captions, write
+from jaxgen.train.checkpoints import TEMPORARY
 from jaxgen.train.goodput import TOLD
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,6 @@ def get_config():
 TIMED = ("step_ms", "images_per_sec", "gflops", "mfu", *TOLD)  # of a training line
 DEVICES = 2  # of a run, whatever its processes
 PEER = 60.0  # seconds within which a process notices that another one has died
-TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax names a checkpoint so until it is whole
 # Kinds of moments and their shares; what is left of the kills meets a step.
 SHARES = {"saving": 0.35, "start-up": 0.15, "restoring": 0.15, "compiling": 0.1}
 

@@ -19,13 +19,17 @@ def train(name: str, arguments: Sequence[str], steps: int, workdir: Path) -> Non
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.with_name(f"{workdir.name}.log")
     print(f"{name}: training {steps} steps; see {log}", flush=True)
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("a") as out:
         command = [sys.executable, str(ROOT / "train.py"), *arguments]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=out, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, env=environment(), stdout=out, stderr=subprocess.STDOUT)
     if done.returncode or not finished(steps, workdir):
         last = (log.read_text().strip().splitlines() or ["nothing was said"])[-1]
         raise UserError(f"{name} was not trained to its end (status {done.returncode}: {last}); the same command tries again")
+
+
+def environment() -> dict[str, str]:
+    """This process's, for a train.py of this checkout."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 def finished(steps: int, workdir: Path) -> bool:

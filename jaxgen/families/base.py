@@ -138,6 +138,8 @@ def served(family: Family, usual: Shapes, sizes: Sequence[tuple[int, int]]) -> l
     """Those of `sizes` (height, width) in which parameters for pictures of the usual shape can draw.
 
     Raises UserError, with a reason, where that is the usual one alone and others are asked for."""
+    if set(sizes) <= {usual.image[:2]}:
+        return list(sizes)
     init = lambda size: jax.eval_shape(  # noqa: E731
         lambda: family.init(jax.random.key(0), usual._replace(image=(*size, usual.image[2])))
     )
