@@ -27,6 +27,17 @@ FOREVER = 2**40  # positions; no run is that long
 class Source:
     """A split's decoded pictures and captions by index. shapes: those that a batch can have; by default the square."""
 
+    size = stored = 1
+    flip = crop = False
+    shards: Records | None = None
+    threads = 1
+    bucket: np.ndarray | None = None
+    # In the pictures' place (precompute.py): rows [N, 1 or 2 (mirrored), ...].
+    made: dict[str, np.ndarray] | None = None
+    rewritings: Rewritings | None = None
+    _images: list[np.ndarray] | None = None
+    _captions: list[list[str]] | None = None
+
     def __init__(
         self,
         config: DataConfig,
@@ -41,19 +52,14 @@ class Source:
         self.size = config.image_size
         self.stored = config.image_size * 9 // 8 if crop else config.image_size
         self.shapes = shapes or [(self.size, self.size)]
-        # Of each picture its shape among these, where there are several.
-        self.bucket = buckets.nearest(records.sizes, self.shapes).astype(np.uint8) if len(self.shapes) > 1 else None
+        if len(self.shapes) > 1:  # of each picture its shape among these
+            self.bucket = buckets.nearest(records.sizes, self.shapes).astype(np.uint8)
         self.max_bad, self.bad = config.max_bad, 0
         shards = records if isinstance(records, Records) else None
         self.shards, self.threads = shards, config.threads or (4 if shards is None else shards.threads)
         # What stands in for a picture that cannot be read: the next one; of a set in shards one of another shard, as a lost
         # shard's pictures would else all become the same.
         self.stride = 1 if shards is None else _coprime(int(0.618 * len(shards)), len(shards))
-        # In the pictures' place (precompute.py): rows [N, 1 or 2 (mirrored), ...].
-        self.made: dict[str, np.ndarray] | None = None
-        self.rewritings: Rewritings | None = None
-        self._images: list[np.ndarray] | None = None
-        self._captions: list[list[str]] | None = None
         if len(records) * self.stored**2 * 3 <= config.keep_in_memory * 2**20:
             self._load()
 

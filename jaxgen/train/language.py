@@ -24,7 +24,7 @@ import numpy as np
 from jaxgen import config as configs
 from jaxgen.data import registry
 from jaxgen.data.config import DataConfig
-from jaxgen.data.pipeline import batches, to_device
+from jaxgen.data.pipeline import Source, batches, to_device
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses
 from jaxgen.nn.module import Params, bind, dtype_of, flatten, init_params, logical_axes
@@ -158,19 +158,14 @@ class NextToken:
         return 3.0 * tokens * (2.0 * (kernels + c.vocab_size * c.hidden_size) + 4.0 * tokens * c.hidden_size * c.depth)
 
 
-class Texts:
-    """Rows of token ids in a Source's place: those of one picture's texts together, of which each visit draws one."""
-
-    made: ClassVar = {}  # a batch has no pictures
-    size = stored = 0
-    flip, in_memory, rewritings, shards, threads = False, True, None, None, 1
+class Texts(Source):
+    """Rows of token ids in the captions' place, and no pictures: of those of one picture's texts each visit draws one."""
 
     def __init__(self, rows: Sequence[Rows]):
-        self.captions_of = rows.__getitem__
-        self.count = len(rows)
+        self.records, self.made = rows, {}
 
-    def __len__(self) -> int:
-        return self.count
+    def captions_of(self, index: int) -> Any:
+        return self.records[index]
 
 
 def run(config: LanguageRunConfig, workdir: Path, *, profile: bool = False) -> None:
@@ -265,8 +260,7 @@ def _run(
 
     def feed(source: Texts, seed: int, step: int = 0) -> Any:
         own = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        taken: Any = source
-        return batches(taken, seed=seed, batch_size=config.train.batch_size, start_step=step, **own)
+        return batches(source, seed=seed, batch_size=config.train.batch_size, start_step=step, **own)
 
     def model_of(state: TrainState) -> LanguageModel:
         """The model with the running average of what is trained."""
