@@ -1,13 +1,13 @@
 """What training the text encoder together with the generator is worth: ways to adapt it, at equal steps, several seeds each.
 
-    python benchmarks/adaptation.py [--only=frozen,lora] [--base=2500] [--steps=600] [--size=32] [--prompts=1000]
-        [--seeds=0,1,2] [--workdirs=runs/adaptation] [--data_dir=DIR] [--json=FILE]
+    python benchmarks/adaptation.py [--only=frozen,lora] [--base=flow] [--steps=300] [--prompts=1000] [--seeds=0,1,2]
+        [--workdirs=runs/adaptation] [--data_dir=DIR] [--json=FILE]
 
-The generator is configs/quickstart.py's, on scenes of `--size` pixels, one paraphrase a picture. It learns `--base` steps with
-the encoder frozen, and from there each way trains both together for the same `--steps`. `scratch`, the control, is a small
-encoder without pretrained weights that learns everything from these captions, with a generator of its own, over all these
-steps. Each way and seed trains in a directory of its own: the same command again goes on where it was cut. A seed is the run's;
-its model draws each caption once.
+Every way sets out from the same generator, trained with the encoder frozen: the shipped flow, or `--base`, a run or an export
+of its network. From there both learn together for `--steps` of 16 scenes, one paraphrase a picture. `scratch`, the control, is
+a small encoder without pretrained weights in the other one's place, and the generator's way into it is new. Each way and seed
+trains in a directory of its own: the same command again goes on where it was cut. A seed is the run's; its model draws each
+caption once.
 
 Told of each: numbers of the encoder that are trained, and the shares drawn exactly of `test` (sentences like those of training)
 and of `test_paraphrases` (another sentence, with a word that no training caption has), mean and spread over the seeds."""
@@ -23,9 +23,10 @@ from training import ROOT, train
 
 from jaxgen.errors import UserError, cli
 
-# Learning rates are AdamW's usual ones for weights that are trained (1e-4) and for weights that are added (1e-3); they are
-# shares of the generator's, 2e-3.
-TRAINED, ADDED = "text.adapt_learning_rate_scale=0.05", "text.adapt_learning_rate_scale=0.5"
+# The generator's rate is a quarter of the one it began with. The encoder's are shares of it, and AdamW's usual ones for weights
+# that are trained (1e-4) and for weights that are added (1e-3).
+RATE = "optimizer.learning_rate=5e-4"
+TRAINED, ADDED = "text.adapt_learning_rate_scale=0.2", "text.adapt_learning_rate_scale=2.0"
 WAYS = {
     "frozen": (),
     "lora": ("text.adapt=lora", "text.adapt.targets=all", ADDED),
@@ -33,27 +34,19 @@ WAYS = {
     "prefix": ("text.adapt=prefix", ADDED),
     "last-2": ("text.adapt=last_layers", "text.adapt.count=2", TRAINED),
     "full": ("text.adapt=full", TRAINED),
-    "scratch": ("text.adapt=full", "text.adapt_learning_rate_scale=0.1"),  # at 1 it forgets to tell words apart
+    "scratch": ("text.adapt=full", "text.adapt_learning_rate_scale=0.4", "train.init_skip=generator.conditioning"),
 }
-BASE = "base"  # the runs from which the ways set out
 SPLITS = ("test", "test_paraphrases")
 
 
 def command(way: str, seed: int, workdir: Path, args: argparse.Namespace) -> list[str]:
     """train.py's arguments."""
-    fields = [*WAYS.get(way, ()), f"train.steps={steps(way, args)}", f"seed={seed}", f"data.image_size={args.size}"]
-    fields += ["data.paraphrases=1", "sample.prompts=", "eval.every=0"]
-    if way == "scratch":
-        fields.append(f"text.source={scratch(args)}")
-    elif way != BASE and args.base:
-        fields.append(f"train.init_from={workdir.with_name(f'{BASE}-{seed}').resolve()}")
+    fields = [*WAYS[way], RATE, f"train.init_from={args.base}", f"train.steps={args.steps}", "train.ema_decay=0.98"]
+    fields += [f"seed={seed}", "data.paraphrases=1", "sample.prompts=", "eval.every=0"]
+    fields += [f"text.source={scratch(args)}"] if way == "scratch" else []
     fields += [f"data.dir={args.data_dir}"] if args.data_dir else []
     config = ROOT / "configs" / "quickstart.py"
     return [f"--config={config}", *(f"--config.{field}" for field in fields), f"--workdir={workdir}"]
-
-
-def steps(way: str, args: argparse.Namespace) -> int:
-    return {BASE: args.base, "scratch": args.base + args.steps}.get(way, args.steps)
 
 
 def scratch(args: argparse.Namespace) -> Path:
@@ -92,9 +85,8 @@ def elsewhere(function: Any, *arguments: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(WAYS), help="some of the ways")
-    parser.add_argument("--base", type=int, default=2500, help="steps before, with the encoder frozen; 0 for none")
-    parser.add_argument("--steps", type=int, default=600, help="of both together")
-    parser.add_argument("--size", type=int, default=32, help="pixels along each axis")
+    parser.add_argument("--base", default="flow", help="the trained generator: a shipped model, a run or an export")
+    parser.add_argument("--steps", type=int, default=300, help="of both together")
     parser.add_argument("--prompts", type=int, default=1000, help="captions of each split")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdirs", default="runs/adaptation", help="a directory each goes below this one")
@@ -108,16 +100,10 @@ def main() -> None:
     elsewhere(write_scratch, scratch(args))
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in args.only.split(",")}
 
-    def trained(way: str, seed: int) -> Path:
-        workdir = Path(args.workdirs) / f"{way}-{seed}"
-        train(f"{way}, seed {seed}", command(way, seed, workdir, args), steps(way, args), workdir)
-        return workdir
-
     for seed in map(int, args.seeds.split(",")):  # all ways once, then again: a cut leaves a comparison
-        if args.base:
-            trained(BASE, seed)
         for way, row in rows.items():
-            workdir = trained(way, seed)
+            workdir = Path(args.workdirs) / f"{way}-{seed}"
+            train(f"{way}, seed {seed}", command(way, seed, workdir, args), args.steps, workdir)
             kept = workdir / f"judged_{args.prompts}.json"
             if not kept.exists():
                 write_json(kept, elsewhere(judged, workdir, args.prompts))

@@ -220,7 +220,7 @@ def _read(name_or_path: str) -> tuple[RunConfig, Params, TextEncoder, Params, in
     """What a Model is made of; the weights as they were written, whatever this device computes in."""
     directory, config, exported = read_config(name_or_path)
     encoder = config.text.load()
-    shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
+    shapes = config.shapes(encoder)
     abstract = jax.eval_shape(lambda base: _init(config, shapes, base, encoder.pretrained), encoder.params)
     if exported is not None:
         like = {**abstract, FROZEN: jax.eval_shape(lambda: config.family.init_frozen(shapes))}

@@ -6,8 +6,10 @@ from typing import Literal
 from jaxgen import families
 from jaxgen.data.config import DataConfig
 from jaxgen.errors import UserError
+from jaxgen.families.base import Shapes
 from jaxgen.parallel.mesh import MeshConfig
 from jaxgen.text.config import TextConfig
+from jaxgen.text.encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def shapes(self, encoder: TextEncoder) -> Shapes:
+        """What the family's networks must know, of the usual pictures: the square ones."""
+        return Shapes((self.data.image_size, self.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)

@@ -165,7 +165,7 @@ def assemble(config: RunConfig, mesh: Mesh, encoder: TextEncoder, in_step: bool,
     """For a configuration whose family is resolved; the mesh's devices need not exist (parallel/plan.py). in_step: whether
     the step reads captions. dtype: what it computes in."""
     family, adapt = config.family, config.text.adapt
-    shapes = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
+    shapes = config.shapes(encoder)
     optimizers = {group: make_optimizer(config.optimizer, config.train.steps, mesh, config.text) for group in family.groups}
     architecture: Any = encoder.pretrained and encoder.pretrained.architecture
 
@@ -192,9 +192,9 @@ def step_of(config: Any, family: Any, optimizers: dict[str, Any], dtype: Any, **
 
 def sizes(config: RunConfig, encoder: TextEncoder) -> list[buckets.Size]:
     """The heights and widths that pictures are to have. Raises UserError where the network serves none but the square."""
-    usual = Shapes((config.data.image_size, config.data.image_size, 3), encoder.hidden_size, encoder.pooled_size)
+    wanted = buckets.shapes(config.data.image_size, config.data.max_aspect_ratio)
     try:
-        return served(config.family, usual, buckets.shapes(config.data.image_size, config.data.max_aspect_ratio))
+        return served(config.family, config.shapes(encoder), wanted)
     except UserError as error:
         raise UserError(f"data.max_aspect_ratio={config.data.max_aspect_ratio}: {error}") from None
 
