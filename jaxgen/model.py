@@ -5,7 +5,7 @@ An exported directory (and a shipped model) holds config.json, model.safetensors
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import lru_cache
 from importlib import resources
 from typing import Any
 
@@ -178,23 +178,26 @@ class Model:
             parts.append(jax.tree.map(np.asarray, features))
         return jax.tree.map(lambda *several: np.concatenate(several), *parts)
 
-    @cached_property
-    def _draw(self) -> Any:
-        return self._compiled(self.config.family.sample)
+    def _draw(self, *inputs: Any) -> jax.Array:
+        return _compiled(self.config.family, "sample", self.mesh)(*inputs)
 
-    @cached_property
-    def _trace(self) -> Any:
-        return self._compiled(self.config.family.trace, static_argnums=8)
+    def _trace(self, *inputs: Any) -> jax.Array:
+        return _compiled(self.config.family, "trace", self.mesh)(*inputs)
 
-    def _compiled(self, method: Any, **options: Any) -> Any:
-        def draw(params, frozen, text, null_text, prompt_index, image_index, seed, settings, *rest):
-            def fold(prompt, image):
-                return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
 
-            keys = jax.vmap(fold)(prompt_index, image_index)
-            return method(params, frozen, text, null_text, keys, settings, *rest)
+@lru_cache(maxsize=8)
+def _compiled(family: Any, method: str, mesh: jax.sharding.Mesh) -> Any:
+    """A family's way to draw, shared by all models of it: while training each evaluation and each sheet makes a new one."""
 
-        return jax.jit(on_mesh(self.mesh, draw), out_shardings=NamedSharding(self.mesh, PartitionSpec()), **options)
+    def draw(params, frozen, text, null_text, prompt_index, image_index, seed, settings, *rest):
+        def fold(prompt, image):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
+
+        keys = jax.vmap(fold)(prompt_index, image_index)
+        return getattr(family, method)(params, frozen, text, null_text, keys, settings, *rest)
+
+    static = (8,) if method == "trace" else ()  # the number of frames
+    return jax.jit(on_mesh(mesh, draw), out_shardings=NamedSharding(mesh, PartitionSpec()), static_argnums=static)
 
 
 def _bucketed(rows: np.ndarray, shares: int = 1) -> Iterator[np.ndarray]:

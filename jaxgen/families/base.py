@@ -58,6 +58,8 @@ class Family(Protocol):
     samplers: ClassVar[tuple[str, ...]]  # the first is the default
     draws: ClassVar[bool] = True  # from captions; else these are not read, and `roundtrip` is what is judged
 
+    def __hash__(self) -> int: ...  # the dataclass's own: what is compiled for a family is kept by it
+
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
         """Fresh float32 parameters, {group: tree}. Raises UserError where the picture's shape does not fit."""
         ...

@@ -40,7 +40,7 @@ from jaxgen.train.checkpoints import Checkpoints
 from jaxgen.train.config import EvalConfig, OptimizerConfig, TrainConfig
 from jaxgen.train.loop import claim, fit, is_finished, step_of, tell
 from jaxgen.train.optimizers import make_optimizer
-from jaxgen.train.state import TrainState, abstract_state, create
+from jaxgen.train.state import TrainState, abstract_state, create, fresh
 
 HELD_OUT = 20  # of a plain text one example in so many, chosen by what it says, is for validation
 Rows = list[list[int]]
@@ -242,7 +242,7 @@ def _run(
             )
         control |= meta["control"]
     else:
-        state = jax.jit(make, out_shardings=where)(base)
+        state = fresh(make, base, where)
     own = dict(flatten(text_of(state.params)))
     frozen = {"text": select(base, lambda name: name not in own)}
     laid = param_shardings(mesh, logical_axes(architecture.build), base)

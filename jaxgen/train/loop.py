@@ -35,7 +35,7 @@ from jaxgen.train.evaluation import draw, evaluate, keep_best
 from jaxgen.train.goodput import Goodput
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
 from jaxgen.train.optimizers import make_optimizer
-from jaxgen.train.state import TrainState, abstract_state, create
+from jaxgen.train.state import TrainState, abstract_state, create, fresh
 from jaxgen.train.step import Step, make_step, to_float
 from jaxgen.train.stopping import stopping
 
@@ -99,7 +99,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
             raise UserError(f"{workdir} was begun with captions that another language model rewrote (data.rewrite): restore it")
         control |= meta["control"]
     else:
-        state = jax.jit(make, out_shardings=where)(encoder.params)
+        state = fresh(make, encoder.params, where)
         if config.train.init_from is not None:
             state = take_weights(state, config.train.init_from, config.train.init_skip, where)
     keep_frozen(encoder, text_of(state.params))

@@ -66,6 +66,13 @@ def abstract_state(make: Callable[[Params], TrainState], base: Params, axes: Par
     return jax.tree.map(place, state, shardings(state, axes, mesh))
 
 
+def fresh(make: Callable[[Params], TrainState], base: Params, where: Any) -> TrainState:
+    """`make(base)`, laid out as `where` (the state's tree of shardings) says."""
+    # It runs once: on a CPU, compiling it well takes longer than it could ever save.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(make, out_shardings=where, compiler_options=options)(base)
+
+
 def shardings(state: TrainState, axes: Params, mesh: Mesh) -> Any:
     """The state's tree with a NamedSharding in each array's place; `state` may be abstract.
 
