@@ -20,12 +20,12 @@ from tests.train.runs import ROOT, command, environment, weights
 CONFIG = """
 from jaxgen.data.config import DataConfig
 from jaxgen.families.flow import Flow
-from jaxgen.families.unet import UNet
+from jaxgen.families.transformer import Transformer
 from jaxgen.train.config import *
 
 def get_config():
     return RunConfig(
-        family=Flow(network=UNet(widths=(8, 16), down=(1, 1), up=(1, 1), head_dim=8, dropout=0.1)),
+        family=Flow(network=Transformer(width=16, depth=1, head_dim=8, dropout=0.1)),  # soon compiled
         data=DataConfig(image_size=16, train_examples=64, dir={data!r}),
         train=TrainConfig(steps=24, batch_size=8, log_every=1, checkpoint_every=3),
         sample=SampleConfig(prompts=("a small red circle",), every=12, num_steps=3),
@@ -192,7 +192,7 @@ def test_another_configuration_is_refused_by_name(place, finished):
         ("data.name=sceens", "unknown; known: scenes"),
         ("data.name=emoji", "data.source"),
         ("text.source=/nowhere", "no such directory"),
-        ("data.image_size=18", "multiple of 4"),
+        ("data.image_size=18", "no multiple of family.network.patch=4"),
     ],
 )
 def test_mistakes_end_with_one_line(place, override, message):
