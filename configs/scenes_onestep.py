@@ -2,7 +2,10 @@
 
     uv run train.py --config=configs/scenes_onestep.py
 
-Two CPU cores: time and accuracy not yet measured. From the pictures alone, without a teacher:
+The whole of it is not yet measured. With --config.train.steps=8000, on one CPU core beside other work, 3 h 45 min in steps:
+53.3% of `test` drawn exactly in one step (1,000 captions, three seeds), colours right in 95.8%.
+
+From the pictures alone, without a teacher:
 --config.family.teacher= --config.train.init_from=none
 """
 
