@@ -31,7 +31,7 @@ from jaxgen.text.adapt import keep_frozen, text_of, with_text
 from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.config import RunConfig
-from jaxgen.train.evaluation import draw, evaluate, keep_best
+from jaxgen.train.evaluation import Evaluator, keep_best
 from jaxgen.train.goodput import Goodput
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
 from jaxgen.train.optimizers import make_optimizer
@@ -129,7 +129,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     if not family.draws:
         use = f"draw in its latents with: --config.family.codec=pretrained --config.family.codec.source={workdir}"
     wanted = bool(config.sample.prompts) or not family.draws
-    shown = held_out or source
+    evaluator = Evaluator(config, workdir, encoder, frozen, mesh, held_out, held_out or source, ready)
     fit(
         config,
         workdir,
@@ -142,10 +142,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         control=control,
         marks={"text_fingerprint": encoder.fingerprint, "frozen_fingerprint": marks, "rewritten": reworded},
         flops=lambda batch: family.train_flops(shapes_of(batch, shapes), tokens_of(batch)),
-        evaluate=lambda state: evaluate(config, state, frozen, encoder, held_out, ready, mesh),
-        draw=(lambda state, step, log: draw(config, state, frozen, encoder, mesh, step, workdir, log, shown))
-        if wanted
-        else None,
+        evaluate=evaluator.evaluate,
+        draw=evaluator.draw if wanted else None,
         use=use,
         began=began,
         profile=profile,
