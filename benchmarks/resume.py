@@ -34,13 +34,13 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 from jaxgen.data.config import DataConfig
 from jaxgen.families.flow import Flow
-from jaxgen.families.unet import UNet
+from jaxgen.families.transformer import Transformer
 from jaxgen.text.config import TextConfig
 from jaxgen.train.config import OptimizerConfig, RunConfig, TrainConfig
 
 def get_config():
     return RunConfig(
-        family=Flow(network=UNet(widths={widths}, down=(1, 1), up=(1, 1), head_dim={widths}[0], dropout=0.1)),
+        family=Flow(network=Transformer(width={width}, depth=1, head_dim=16, dropout=0.1)),
         data=DataConfig(image_size=16, train_examples=512, dir={data!r}),
         train=TrainConfig(steps={steps}, batch_size=8, log_every=1, checkpoint_every={every}),
         text=TextConfig(source={text!r}),
@@ -48,6 +48,9 @@ def get_config():
     )
 """
 TIMED = ("step_ms", "images_per_sec", "gflops", "mfu", *TOLD)  # of a training line
+# More weights than the pictures need, so that saves take their time; but of several processes JAX keeps the compiled program of
+# the first alone, and the others compile at each start.
+WIDTHS = (256, 64)  # of one process, of several
 DEVICES = 2  # of a run, whatever its processes
 PEER = 60.0  # seconds within which a process notices that another one has died
 # Kinds of moments and their shares; what is left of the kills meets a step.
@@ -390,11 +393,8 @@ def measure(place: Path, arguments: Any) -> dict[str, Any]:
             sys.exit(f"{place / name} exists: choose an empty --dir")
         # The killed run prepares its own pictures and caption table, so that kills meet that too.
         data = place / ("data_killed" if name == "killed" else "data")
-        # More weights than the pictures need, so that saves take their time. But of several processes JAX keeps the compiled
-        # program of the first alone, and the others compile at each start.
-        widths = (32, 192) if arguments.processes == 1 else (8, 16)
         values = {"data": str(data), "text": str(place / "text"), "steps": arguments.steps, "every": arguments.every}
-        values["widths"] = widths
+        values["width"] = WIDTHS[arguments.processes > 1]
         (place / f"{name}.py").write_text(CONFIG.format(**values))
     write(place / "text", scene_captions(("en",)))  # an encoder that takes no time to load
     problems: list[str] = []
