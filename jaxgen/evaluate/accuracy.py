@@ -9,6 +9,7 @@ from jaxgen.data.scenes import KINDS, Scene, prompts
 from jaxgen.evaluate.verifier import verify
 
 ATTRIBUTES = ("exact", "count", "colour", "shape", "size", "relation")
+NAMES = (*(f"eval/{name}" for name in ATTRIBUTES), *(f"eval/exact_{kind}" for kind in KINDS))  # of all shares
 
 
 class Draws(Protocol):

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from jaxgen.data.pipeline import Source, batches
 from jaxgen.data.recipe import fit
+from jaxgen.data.scenes import example, render
 from jaxgen.errors import NoSpace, UserError
+from jaxgen.evaluate import accuracy
 from jaxgen.evaluate.diversity import diversity
 from jaxgen.evaluate.pictures import save_png, sheet
 from jaxgen.families.base import to_uint8
@@ -32,48 +34,56 @@ from jaxgen.train.step import to_float, with_features, with_floats
 class Evaluator:
     """Looks at the EMA weights of a run's states, by programs that are compiled once.
 
-    held_out: `validation`, or None where nothing is to be scored; shown: what the pictures of a family that does not draw
-    are taken from. ready: batch -> what travels to the device."""
+    source: what is scored, and shown where the family does not draw. ready: batch -> what travels to the device."""
 
     config: RunConfig
     workdir: Path
     encoder: TextEncoder
     frozen: Params
     mesh: Mesh
-    held_out: Source | None
-    shown: Source
+    source: Source
     ready: Callable[[dict[str, Any]], dict[str, Any]]
 
+    def check_metric(self) -> None:
+        """Raises UserError where eval.metric is none of the scores."""
+        config, names = self.config, ["eval/loss"]
+        names += ["eval/diversity"] if self._diverse else []
+        names += accuracy.NAMES if self._judged else []
+        if config.eval.metric not in names:
+            raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(names)}")
+
+    @property
+    def _diverse(self) -> bool:
+        return self.config.eval.diversity > 0 and self.config.family.draws
+
+    @property
+    def _judged(self) -> bool:
+        return self.config.data.name == "scenes"
+
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Scores on `validation`. Raises UserError where eval.metric is none of them."""
-        config, scores = self.config, {}
-        if self.held_out is not None:
-            scores["eval/loss"] = self._loss_on(self.held_out, state)
+        """The scores of a state."""
+        config, scores = self.config, {"eval/loss": self._loss_of(state)}
         model = Model(config, state.ema_params, self.encoder, self.frozen, self.mesh)
-        if self.held_out is not None and config.eval.diversity and config.family.draws:
-            captions = list(dict.fromkeys(self.held_out.captions()))
+        if self._diverse:
+            captions = list(dict.fromkeys(self.source.captions()))
             chosen = np.linspace(0, len(captions) - 1, min(config.eval.diversity, len(captions))).astype(int)
             scores["eval/diversity"] = diversity(model, [captions[i] for i in chosen])
-        if config.data.name == "scenes":
-            from jaxgen.data.scenes import example, render
-            from jaxgen.evaluate.accuracy import accuracy, score
-
+        if self._judged and config.family.draws:
             language = "en" if "en" in config.data.languages else config.data.languages[0]
-            if config.family.draws:
-                scores |= accuracy(model, "validation", config.eval.count, language=language)
-            else:
-                side = config.data.image_size
-                scenes = [example("validation", k, size=side)[0] for k in range(config.eval.count)]
-                originals = np.stack([render(scene, side) for scene in scenes])
-                scores |= score(self.reconstruct(state, originals), scenes)[0]
-        if config.eval.metric not in scores:
-            raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(scores)}")
+            scores |= accuracy.accuracy(model, "validation", config.eval.count, language=language)
+        elif self._judged:
+            side = config.data.image_size
+            scenes = [example("validation", k, size=side)[0] for k in range(config.eval.count)]
+            originals = np.stack([render(scene, side) for scene in scenes])
+            scores |= accuracy.score(self.reconstruct(state, originals), scenes)[0]
         return scores
 
-    def _loss_on(self, source: Source, state: TrainState) -> float:
+    def _loss_of(self, state: TrainState) -> float:
         """Mean over the first eval.count pictures, with the same noise each time."""
         size = self.config.train.batch_size
-        feed = batches(source, seed=0, batch_size=size, process_index=jax.process_index(), process_count=jax.process_count())
+        feed = batches(
+            self.source, seed=0, batch_size=size, process_index=jax.process_index(), process_count=jax.process_count()
+        )
         losses = []
         for k in range(max(self.config.eval.count // size, 1)):
             local = self.ready(next(feed))
@@ -115,7 +125,7 @@ class Evaluator:
         return np.concatenate(parts)[: len(images)]
 
     def draw(self, state: TrainState, step: int, log: Log) -> None:
-        """A captioned sheet of the configured prompts into samples/; of a family that does not draw, pictures of `shown` and
+        """A captioned sheet of the configured prompts into samples/; of a family that does not draw, pictures of `source` and
         below them their reconstructions."""
         config, columns = self.config, None
         if config.family.draws:
@@ -123,9 +133,9 @@ class Evaluator:
             images = model.sample(config.sample.prompts, num_images=config.sample.num_images)
             captions = [prompt for prompt in config.sample.prompts for _ in range(config.sample.num_images)]
         else:
-            columns, source = min(len(self.shown), 8), self.shown
-            shown = [source[k] for k in range(columns)]
-            originals = np.stack([fit(image, source.size, source.size) for image, _ in shown])
+            size, columns = self.source.size, min(len(self.source), 8)
+            shown = [self.source[k] for k in range(columns)]
+            originals = np.stack([fit(image, size, size) for image, _ in shown])
             images = np.concatenate([originals, self.reconstruct(state, originals)])
             captions = [captions[0] for _, captions in shown] + [""] * columns
         if jax.process_index() == 0:

@@ -129,7 +129,9 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     if not family.draws:
         use = f"draw in its latents with: --config.family.codec=pretrained --config.family.codec.source={workdir}"
     wanted = bool(config.sample.prompts) or not family.draws
-    evaluator = Evaluator(config, workdir, encoder, frozen, mesh, held_out, held_out or source, ready)
+    evaluator = Evaluator(config, workdir, encoder, frozen, mesh, held_out or source, ready)
+    if config.eval.every:
+        evaluator.check_metric()
     fit(
         config,
         workdir,

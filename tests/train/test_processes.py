@@ -19,13 +19,13 @@ from tests.train.runs import command, environment, weights
 CONFIG = """
 from jaxgen.data.config import DataConfig
 from jaxgen.families.flow import Flow
-from jaxgen.families.unet import UNet
+from jaxgen.families.transformer import Transformer
 from jaxgen.text.config import TextConfig
 from jaxgen.train.config import *
 
 def get_config():
     return RunConfig(
-        family=Flow(network=UNet(widths=(8, 16), down=(1, 1), up=(1, 1), head_dim=8)),
+        family=Flow(network=Transformer(width=16, depth=1, head_dim=8)),
         data=DataConfig(image_size=16, train_examples=64, dir={data!r}),
         text=TextConfig(source={text!r}),
         train=TrainConfig(steps=6, batch_size=8, log_every=1, checkpoint_every=3),

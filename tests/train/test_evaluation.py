@@ -1,0 +1,26 @@
+"""What is looked at while training."""
+
+from typing import Any
+
+import pytest
+
+from jaxgen.data.config import DataConfig
+from jaxgen.errors import UserError
+from jaxgen.train.config import EvalConfig, RunConfig
+from jaxgen.train.evaluation import Evaluator
+
+NOTHING: Any = None
+
+
+def check(metric, name="scenes", diversity=0):
+    config = RunConfig(data=DataConfig(name=name), eval=EvalConfig(metric=metric, diversity=diversity))
+    Evaluator(config, *[NOTHING] * 6).check_metric()
+
+
+def test_a_metric_is_one_of_the_scores_to_come():
+    for metric in ("eval/loss", "eval/exact", "eval/exact_count", "eval/colour"):
+        check(metric)
+    check("eval/diversity", diversity=4)
+    for metric, name in (("eval/exakt", "scenes"), ("eval/exact", "emoji"), ("eval/diversity", "scenes"), ("loss", "emoji")):
+        with pytest.raises(UserError, match=f"^eval.metric={metric}: this data set has eval/loss"):
+            check(metric, name)
