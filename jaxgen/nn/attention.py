@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxgen.nn.layers import RMSNorm, matmul, zeros
 from jaxgen.nn.module import param
-from jaxgen.parallel.mesh import constrain
+from jaxgen.parallel.mesh import constrain, platform
 
 # A compiled CPU program runs attention best as plain batched products on head-major arrays; an accelerator has kernels
 # for it behind jax.nn.dot_product_attention.
@@ -134,7 +134,7 @@ def attend(
         before = ((0, 0), (0, 0), (0, 0), (count, 0))
         mask = None if mask is None else jnp.pad(mask, before, constant_values=True)
         bias = None if bias is None else jnp.pad(bias, before)
-    if jax.default_backend() != "cpu" and not softcap and not _plain.get():
+    if platform() != "cpu" and not softcap and not _plain.get():
         swap = lambda a: a.transpose(0, 2, 1, 3)  # noqa: E731
         if bias is not None:
             bias = bias.astype(q.dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgen.nn.module import param
-from jaxgen.parallel.mesh import constrain
+from jaxgen.parallel.mesh import constrain, platform
 
 zeros = nnx.initializers.zeros_init()
 ones = nnx.initializers.ones_init()
@@ -94,8 +94,10 @@ class MLP(nnx.Module):
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out] as a product of two matrices: the gradient of one with more axes is compiled to transposed
-    copies on a CPU."""
+    """x [..., in] @ kernel [in, out]; on a CPU as a product of two matrices, as the gradient of one with more axes is compiled
+    to transposed copies there."""
+    if platform() != "cpu":
+        return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 

@@ -1,6 +1,7 @@
 """The mesh, its axes, and the rules that lay arrays on it: the one file to read before changing a sharding."""
 
 import functools
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +92,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
 def on_mesh(mesh: Mesh, function: Any) -> Any:
-    """`function`, to be jitted, whose layers lay out their outputs on this mesh (`constrain`)."""
+    """`function`, to be jitted, whose layers are written for this mesh: its `platform`, and outputs laid out on it
+    (`constrain`)."""
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+        token = _platform.set(mesh.devices.flat[0].platform)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args)
+        finally:
+            _platform.reset(token)
 
     return traced
+
+
+def platform() -> str:
+    """What is being traced for: the platform of the mesh at hand, which need not be this machine's (parallel/plan.py)."""
+    return _platform.get() or jax.default_backend()
 
 
 def constrain(x: jax.Array, channels: str | None) -> jax.Array:

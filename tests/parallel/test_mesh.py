@@ -1,10 +1,15 @@
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from jaxgen.errors import UserError
-from jaxgen.parallel.mesh import MeshConfig, check_batch, make_mesh, param_shardings
+from jaxgen.nn.layers import matmul
+from jaxgen.parallel.mesh import MeshConfig, check_batch, make_mesh, on_mesh, param_shardings, platform
 
 
 def test_one_axis_takes_what_is_left():
@@ -41,3 +46,18 @@ def test_a_batch_that_does_not_split_names_one_that_does():
         check_batch(13, mesh)
     with pytest.raises(UserError, match=r"accumulate=3.*try 12"):
         check_batch(10, mesh, accumulate=3)
+
+
+def test_layers_are_written_for_the_platform_of_their_mesh():
+    """Which need not be this machine's: a plan for chips that are not at hand is to see what they will run."""
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    elsewhere: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]), abstract_mesh=mesh.abstract_mesh)
+    x, kernel = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+
+    def axes_of_product(mesh):
+        (product,) = [e for e in jax.make_jaxpr(on_mesh(mesh, matmul))(x, kernel).eqns if e.primitive.name == "dot_general"]
+        return product.invars[0].aval.ndim
+
+    assert axes_of_product(mesh) == 2
+    assert axes_of_product(elsewhere) == 3
+    assert platform() == jax.default_backend()  # as before
