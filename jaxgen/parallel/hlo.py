@@ -159,13 +159,26 @@ class _Program:
                 yield from self._levels(max(names, key=lambda n: len(self.computations.get(n, ()))), times)
 
     def _turns(self, op: Op) -> int:
-        """How often a loop's body runs: as XLA says or, of a loop that counts from zero, as its condition does; else once."""
+        """How often a loop's body runs: as XLA says or, where it counts up from zero, as its condition does; else once."""
         if count := re.search(r'known_trip_count":\{"n":"(\d+)"', op.rest):
             return int(count.group(1))
         ops = self.computations.get(op.called("condition") or "", {})
         test = next((each for each in ops.values() if each.root and "direction=LT" in each.rest), None)
-        limits = [ops[name].rest for name in test.operands if name in ops and ops[name].kind == "constant"] if test else []
-        return int(limits[0]) if limits and limits[0].isdigit() else 1
+        limit = _constant(ops, test)
+        if test is None or limit is None:
+            return 1
+        counter = next((ops[name] for name in test.operands if name in ops and ops[name].kind == "get-tuple-element"), None)
+        return -(-limit // self._step(op.called("body") or "", counter))
+
+    def _step(self, body: str, counter: Op | None) -> int:
+        """By how much a loop's body raises what its condition takes out of the tuple: XLA unrolls some by two."""
+        ops = self.computations.get(body, {})
+        root = next((each for each in ops.values() if each.root), None)
+        place = re.search(r"index=(\d+)", counter.rest) if counter else None
+        if root is None or place is None or int(place.group(1)) >= len(root.operands):
+            return 1
+        raised = ops.get(root.operands[int(place.group(1))])
+        return (raised is not None and raised.kind == "add" and _constant(ops, raised)) or 1
 
     def _below(self, name: str) -> Iterator[str]:
         yield name
@@ -297,6 +310,12 @@ def _parse(name: str, text: str, root: bool) -> Op | None:
     if kind in ("constant", "parameter"):
         return Op(name, kind, out, (), inside, root)
     return Op(name, kind, out, tuple(re.findall(r"%([\w.\-]+)", inside)), text[last + 1 :], root)
+
+
+def _constant(ops: dict[str, Op], op: Op | None) -> int | None:
+    """The whole number among an operation's operands."""
+    values = [ops[name].rest for name in op.operands if name in ops and ops[name].kind == "constant"] if op else []
+    return int(values[0]) if values and values[0].isdigit() else None
 
 
 def _closing(text: str, start: int) -> int:

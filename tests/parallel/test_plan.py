@@ -96,7 +96,8 @@ def test_groups_are_read_in_every_way_they_are_written(text, devices):
     assert hlo.groups(f"channel_id=1, {text}, use_global_device_ids=true") == devices
 
 
-# What XLA writes for a TPU, cut down: a loop whose turns stand in its condition, a sum fused with the slice that is kept, a
+# What XLA writes for a TPU, cut down: a loop whose turns stand in its condition and its
+# body's steps of two, a sum fused with the slice that is kept, a
 # weight gathered beside two fusions, an array that is never in main memory.
 TPU = """HloModule step
 %all-reduce-scatter (input: bf16[8,16]) -> bf16[2,16] {
@@ -116,10 +117,10 @@ TPU = """HloModule step
   ROOT %gathered.1 = bf16[8,16]{1,0} all-gather(%p2), channel_id=2, replica_groups=mesh['x'=4] {'x'}, dimensions={0}
 }
 %condition (arg: (s32[], bf16[4,8,16])) -> pred[] {
-  %seven = s32[]{:T(128)} constant(7)
+  %limit = s32[]{:T(128)} constant(13)
   %arg = (s32[], bf16[4,8,16]{2,1,0}) parameter(0)
   %i = s32[] get-tuple-element(%arg), index=0
-  ROOT %lt = pred[] compare(%i, %seven), direction=LT
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
 }
 %body (arg.1: (s32[], bf16[4,8,16])) -> (s32[], bf16[4,8,16]) {
   %arg.1 = (s32[], bf16[4,8,16]{2,1,0}) parameter(0)
@@ -128,7 +129,9 @@ TPU = """HloModule step
   %near = bf16[2,16]{1,0:T(8,128)(2,1)S(1)} custom-call(), custom_call_target="AllocateBuffer"
   %run = (bf16[8,16]{1,0}, bf16[1,8,16]{2,1,0}) fusion(%near, %stack), kind=kOutput, calls=%async_collective_fusion
   %end = bf16[8,16]{1,0} fusion(%near), kind=kLoop, calls=%fused
-  ROOT %next = (s32[], bf16[4,8,16]{2,1,0}) tuple(%i.1, %stack)
+  %two = s32[] constant(2)
+  %i.2 = s32[] add(%i.1, %two)
+  ROOT %next = (s32[], bf16[4,8,16]{2,1,0}) tuple(%i.2, %stack)
 }
 ENTRY %main (a: bf16[8,16], b: bf16[4,8,16]) -> bf16[2,16] {
   %a = bf16[8,16]{1,0} parameter(0)
