@@ -188,3 +188,22 @@ def test_what_the_peer_is_given_is_what_our_step_draws(tmp_path):
     run, show = ours.sample("ours", 2, steps=1, guidance=1.0, shift=1.0)  # one step ends on the clean picture predicted
     noise, text = jnp.asarray(held["noise"][0, :2]), TextFeatures(*(given[name][:2] for name in ("hidden", "pooled", "mask")))
     assert show(run()) == pytest.approx(np.asarray(ours.family._predict(ours.params, noise, jnp.ones(2), text)), abs=1e-5)
+
+
+def test_scaling_times_a_step_and_reads_the_exponent(capsys):
+    """One point in this process: what a round times is train.py's step, and the loss it shows changes with it."""
+    scaling = module("scaling")
+    assert scaling.exponent([1, 2, 4], [3, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
+    side = scaling.Side.__new__(scaling.Side)  # JAX has started
+    side.facts = {}
+    point = scaling.Point(width=32, depth=1, size=16, batch=8, data=2, fsdp=2)
+    assert (point.tokens, point.devices) == (32, 4)
+    run, show = side.step("a", list(point))
+    first, second = show(run()), show(run())
+    assert np.isfinite([first, second]).all()
+    assert first != second
+    facts = side.told()["a"]
+    assert facts["sent"] > facts["parameters"]  # at least what fsdp gathers
+    rows = [point._asdict() | facts | {"devices": 1, "seconds": 1.0}, point._asdict() | facts | {"devices": 4, "seconds": 1.5}]
+    assert scaling.tell("devices", "devices", rows) == {"fsdp=4": pytest.approx(0.5)}
+    assert "50%" in capsys.readouterr().out
