@@ -20,7 +20,9 @@ from typing import IO
 
 from jaxgen.errors import UserError, cli
 
-GRACE = 60.0  # seconds that the others have to end by themselves when one has failed: what a save may take
+# Seconds that the others have to end by themselves when one has failed. They miss a peer after 30; one that is still waiting
+# for it to start would do so for minutes.
+GRACE = 45.0
 
 
 def launch(
@@ -68,14 +70,20 @@ def _wait(children: Sequence[subprocess.Popen[str]], grace: float) -> int:
     """Until all have ended, or one has failed and the rest have ended or had their time."""
     while True:
         statuses = [child.poll() for child in children]
-        failed = next((status for status in statuses if status), None)
+        failed = next(((i, status) for i, status in enumerate(statuses) if status), None)
         if failed is not None or None not in statuses:
             break
         time.sleep(0.05)
+    if failed is None:
+        return 0
     until = time.monotonic() + grace
     while time.monotonic() < until and any(child.poll() is None for child in children):
         time.sleep(0.05)
-    return failed or 0
+    left = [str(i) for i, child in enumerate(children) if child.poll() is None]
+    if left:
+        said = f"process {failed[0]} ended with status {failed[1]}; stopped {grace:g} s later: {', '.join(left)}"
+        print(f"error: {said}", file=sys.stderr, flush=True)
+    return failed[1]
 
 
 def _relay(stream: IO[str], prefix: str) -> None:

@@ -37,11 +37,12 @@ def test_processes_know_each_other_and_the_first_one_speaks(tmp_path, capfd):
     assert sorted(err.splitlines()) == ["[1] err 1", "[2] err 2", "err 0"]
 
 
-def test_one_that_fails_ends_the_rest(tmp_path):
+def test_one_that_fails_ends_the_rest(tmp_path, capfd):
     act = "sys.exit(5) if told[2] == '1' else time.sleep(600)"
     began = time.monotonic()
     assert launch([sys.executable, "-c", CHILD, str(tmp_path), act], 2, grace=0.5) == 5
     assert time.monotonic() - began < 60
+    assert "error: process 1 ended with status 5; stopped 0.5 s later: 0" in capfd.readouterr().err.splitlines()
 
 
 def command(place, act, *options):
