@@ -7,14 +7,19 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 import jaxgen.model
 import sample
+from jaxgen.storage import as_path
+from jaxgen.train.checkpoints import Checkpoints
+from jaxgen.train.state import TrainState
 from tests.train.runs import command, environment
 from tests.train.test_run import assert_same
 from tests.train.test_start import begin, call, refused, saved, site
@@ -124,6 +129,7 @@ def test_a_file_system_without_space_is_told_and_made_up_for(place, whole, tmp_p
         text=True,
         timeout=300,
     )
+    assert done.stdout.count("status 2\n") == 1, done.stdout + done.stderr
     full, space = done.stdout.split("status 2\n")
     assert "step 8/8" in full  # it went on
     assert space.startswith("4\n")  # nothing half-written is left beside the older checkpoint
@@ -135,6 +141,47 @@ def test_a_file_system_without_space_is_told_and_made_up_for(place, whole, tmp_p
     assert "from step 4 to 8" in space
     assert space.endswith("status 0\n")
     assert_same(after, whole)
+
+
+def fill(disk):
+    """Checkpoints into a file system with ever more room. Wherever in a save it ends, the save fails once and whole."""
+    params = {f"layer{i}": jnp.ones((30, 40)) for i in range(6)}
+    state = TrainState(jnp.int32(0), params, params, (params, params), {"failed": jnp.int32(-1)})
+    rest, failures = os.path.join(disk, "rest"), []
+    for room in range(0, 240_000, 12_000):
+        checkpoints = Checkpoints(as_path(os.path.join(disk, str(room))))
+        save = lambda step, to=checkpoints: to.save(replace(state, step=jnp.int32(step)), {})  # noqa: E731
+        save(1)
+        assert (checkpoints.wait(), checkpoints.failed) == (True, False)
+        space = os.statvfs(disk)
+        with open(rest, "wb") as file:
+            file.write(bytes(space.f_bavail * space.f_bsize - room))
+        save(2)
+        save(3)
+        checkpoints.wait()
+        failures.append(checkpoints.failed)
+        os.remove(rest)
+        save(4)
+        assert (checkpoints.wait(), checkpoints.failed) == (True, False)
+        checkpoints.close()
+        left = os.listdir(checkpoints.directory)
+        assert {"1", "4"} <= set(left) <= {"1", "2", "3", "4"}, (room, left)
+        shutil.rmtree(checkpoints.directory)
+    assert all(failures)
+
+
+@pytest.mark.skipif(not can_mount(), reason="no file system can be mounted here")
+def test_a_save_that_fails_leaves_nothing_to_the_next(tmp_path):
+    first = "import sys; from tests.test_bad_input import fill; fill(sys.argv[1])"
+    shell = 'mount -t tmpfs -o size=4m none $1; exec $2 -c "$3" $1'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", shell, "sh", str(tmp_path), sys.executable, first],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_disk_full_for_a_while_does_no_harm(place, monkeypatch):

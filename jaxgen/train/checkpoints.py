@@ -42,6 +42,8 @@ class Checkpoints:
         # Orbax refuses to write arrays below a relative path.
         directory = os.fspath(self.directory) if is_remote(self.directory) else os.path.abspath(self.directory)
         self._manager = ocp.CheckpointManager(directory, options=options)
+        writer = self._manager._checkpointer
+        self._writers = [writer.wait_until_finished] if isinstance(writer, ocp.AsyncCheckpointer) else []
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -69,13 +71,16 @@ class Checkpoints:
 
     def wait(self) -> bool:
         """Until what is being written is on disk; False where it could not be written (told on stderr)."""
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:  # Orbax hands on whatever its threads met
-            self._tell(error)
-            return False
-        return True
+        errors = []
+        # The manager and what writes for it keep an error each: one that is not taken now would be the next save's.
+        for finish in (self._manager.wait_until_finished, *self._writers):
+            try:
+                finish()
+            except Exception as error:  # Orbax hands on whatever its threads met
+                errors.append(error)
+        if errors:
+            self._tell(errors[0])
+        return not errors
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that can be read, laid out as `abstract` (ShapeDtypeStructs with shardings), and its meta."""
@@ -115,6 +120,8 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+        if not self._reads_only:
+            self._clear()  # again: what a thread of a failed save still wrote after the first time
 
     def _newest(self, read: Any) -> Any:
         steps = self.steps()
@@ -149,7 +156,11 @@ class Checkpoints:
             line = f"cannot write {self.directory}: {first_line(error)[:200]}"
         print(f"warning: checkpoint not saved: {line}", file=sys.stderr, flush=True)
         self._failed = True
-        if jax.process_index() == 0:  # what there is of it takes space, which is scarce
+        self._clear()
+
+    def _clear(self) -> None:
+        """Takes away what there is of checkpoints that failed: it takes space, which is scarce."""
+        if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 for half_written in self.directory.glob(f"*{TEMPORARY}"):
                     half_written.rmtree()
