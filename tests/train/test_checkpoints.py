@@ -200,7 +200,7 @@ def test_a_save_that_ends_badly_later_is_told(tmp_path, capfd, monkeypatch, erro
     def late():
         raise error from cause
 
-    monkeypatch.setattr(checkpoints._manager, "check_for_errors", late)
+    monkeypatch.setattr(checkpoints, "_writers", [late])
     assert checkpoints.wait() is False
     assert checkpoints.failed
     assert told in capfd.readouterr().err
