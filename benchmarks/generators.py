@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workers import ROOT, Work, Worker, environment, median, rotated, serve, versions
+from workers import ROOT, Work, Worker, environment, median, race, serve, versions
 
 sys.path.insert(0, str(ROOT))
 TOKENS, TEXT = 16, 384  # of a caption, and the width of its features
@@ -228,15 +228,7 @@ class Driver:
 
     def race(self, variants: tuple[str, ...]) -> dict[str, list[float]]:
         """Seconds of one run, a number a round."""
-        counts = {}
-        for variant in variants:
-            took = min(self.side(variant).ask(do="time", variant=variant, count=1)["seconds"] for _ in range(2))
-            counts[variant] = max(1, round(self.arguments.seconds / took))
-        found: dict[str, list[float]] = {variant: [] for variant in variants}
-        for variant in rotated(variants, self.arguments.rounds):
-            self.side(variant).ask(do="time", variant=variant, count=1)  # the other side's data were in the caches
-            found[variant].append(self.side(variant).ask(do="time", variant=variant, count=counts[variant])["seconds"])
-        return found
+        return race(self.side, variants, self.arguments.rounds, self.arguments.seconds)
 
     def agree(self, name: str, shown: dict[str, list[Any]]) -> bool:
         """Whether all variants show the same as ours; a problem is told and remembered."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from workers import ROOT, Work, Worker, environment, median, serve
+from workers import ROOT, Work, Worker, environment, median, race, serve
 
 sys.path.insert(0, str(ROOT))
 TOKENS = 16  # of a caption
@@ -47,16 +47,14 @@ class Point(NamedTuple):
 
 
 BASE = Point()
-# By name: what is on the axis, and the points.
-SWEEPS: dict[str, tuple[str, list[Point]]] = {
-    "width": ("width", [BASE._replace(width=w) for w in (64, 128, 256, 512)]),
-    "depth": ("depth", [BASE._replace(depth=d) for d in (2, 4, 8, 16)]),
-    "tokens": ("tokens", [BASE._replace(size=s) for s in (16, 32, 48, 64)]),
-    "batch": ("batch", [BASE._replace(batch=b) for b in (8, 16, 32, 64, 128)]),
-    "devices": (
-        "devices",
-        [BASE._replace(batch=64), *(BASE._replace(batch=64, **{axis: n}) for axis in ("data", "fsdp") for n in (2, 4, 8))],
-    ),
+SPLIT = BASE._replace(batch=64)
+# By what is on the axis.
+SWEEPS = {
+    "width": [BASE._replace(width=w) for w in (64, 128, 256, 512)],
+    "depth": [BASE._replace(depth=d) for d in (2, 4, 8, 16)],
+    "tokens": [BASE._replace(size=s) for s in (16, 32, 48, 64)],
+    "batch": [BASE._replace(batch=b) for b in (8, 16, 32, 64, 128)],
+    "devices": [SPLIT, *(SPLIT._replace(**{axis: n}) for axis in ("data", "fsdp") for n in (2, 4, 8))],
 }
 
 
@@ -64,9 +62,6 @@ class Side:
     """A process with as many devices as its points have."""
 
     def __init__(self) -> None:
-        from jaxgen.parallel import runtime
-
-        runtime.start(allow_cpu=True)
         self.facts: dict[str, Any] = {}
 
     def step(self, variant: str, point: list[int]) -> Work:
@@ -100,14 +95,7 @@ class Side:
             "sent": sum(c.bytes * c.times for c in collectives),
             "hardware": jax.devices()[0].device_kind,
         }
-        filled = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding), (parts.frozen, parts.batch))
-        held = {"state": jax.jit(parts.make, out_shardings=where)(encoder.params)}
-
-        def run() -> jax.Array:
-            held["state"], metrics = compiled(held["state"], *filled)
-            return metrics["loss"].block_until_ready()
-
-        return run, np.asarray
+        return plan.stepper(compiled, parts, where, encoder), lambda metrics: np.asarray(metrics["loss"])
 
     def told(self) -> dict[str, Any]:
         return self.facts
@@ -115,22 +103,15 @@ class Side:
 
 def measure(points: list[Point], sides: dict[int, Worker], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """A row a point."""
-    names = {point: str(tuple(point)) for point in points}
-    counts, times = {}, {point: [] for point in points}
-    for point, name in names.items():
-        side = sides[point.devices]
-        side.ask(do="prepare", kind="step", variant=name, point=list(point))
-        took = min(side.ask(do="time", variant=name, count=1)["seconds"] for _ in range(2))
-        counts[point] = max(1, round(seconds / took))
-    for i in range(rounds):
-        for point in points[i % len(points) :] + points[: i % len(points)]:
-            took = sides[point.devices].ask(do="time", variant=names[point], count=counts[point])["seconds"]
-            times[point].append(took)
+    for point in points:
+        sides[point.devices].ask(do="prepare", kind="step", variant=str(point), point=list(point))
+    # A round is every point once.
+    times = race(lambda point: sides[point.devices], tuple(points), rounds * len(points), seconds)
     facts = {name: fact for side in sides.values() for name, fact in side.ask(do="told").items()}
     return [
         point._asdict()
         | {"tokens": point.tokens, "devices": point.devices, "seconds": median(times[point]), "all": times[point]}
-        | facts[names[point]]
+        | facts[str(point)]
         for point in points
     ]
 
@@ -140,19 +121,23 @@ def exponent(x: list[float], y: list[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def tell(name: str, axis: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+def split(row: dict[str, Any]) -> str:
+    return f"{'fsdp' if row['fsdp'] > 1 else 'data'}={row['devices']}"
+
+
+def tell(axis: str, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Prints a sweep; returns its exponents, of `devices` the overheads."""
     first = rows[0]["seconds"]
     print(
         f"\n{axis:>10s}{'ms':>10s}{'GFLOP/s':>10s}{'parameters':>13s}"
-        + (f"{'overhead':>10s}{'MB sent':>10s}" if name == "devices" else "")
+        + (f"{'overhead':>10s}{'MB sent':>10s}" if axis == "devices" else "")
     )
     for row in rows:
-        label = f"{'fsdp' if row['fsdp'] > 1 else 'data'}={row['devices']}" if name == "devices" else str(row[axis])
+        label = split(row) if axis == "devices" else str(row[axis])
         line = f"{label:>10s}{row['seconds'] * 1e3:10.1f}{row['flops'] / row['seconds'] / 1e9:10.1f}{row['parameters']:13,d}"
-        print(line + (f"{row['seconds'] / first - 1:10.0%}{row['sent'] / 1e6:10.1f}" if name == "devices" else ""), flush=True)
-    if name == "devices":
-        return {f"{'fsdp' if row['fsdp'] > 1 else 'data'}={row['devices']}": row["seconds"] / first - 1 for row in rows[1:]}
+        print(line + (f"{row['seconds'] / first - 1:10.0%}{row['sent'] / 1e6:10.1f}" if axis == "devices" else ""), flush=True)
+    if axis == "devices":
+        return {split(row): row["seconds"] / first - 1 for row in rows[1:]}
     x = [row[axis] for row in rows]
     found = {"time": exponent(x, [r["seconds"] for r in rows]), "flops": exponent(x, [r["flops"] for r in rows])}
     print(f"time ~ {axis}^{found['time']:.2f}, FLOPs ~ {axis}^{found['flops']:.2f}", flush=True)
@@ -167,20 +152,18 @@ def plot(file: str, sweeps: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(sweeps), figsize=(3.2 * len(sweeps), 3.2), squeeze=False, layout="constrained")
-    for (name, found), panel in zip(sweeps.items(), panels[0], strict=True):
-        axis, rows = SWEEPS[name][0], found["rows"]
-        if name == "devices":
+    for (axis, found), panel in zip(sweeps.items(), panels[0], strict=True):
+        rows = found["rows"]
+        if axis == "devices":
             for kind in ("data", "fsdp"):
                 own = [rows[0], *(row for row in rows if row[kind] > 1)]
                 panel.plot([row["devices"] for row in own], [row["seconds"] * 1e3 for row in own], "o-", label=kind)
             panel.legend(title="split along")
         else:
             x = np.array([row[axis] for row in rows], float)
-            panel.plot(
-                x, [row["seconds"] * 1e3 for row in rows], "o-", label=f"time, exponent {found['exponents']['time']:.2f}"
-            )
+            panel.plot(x, [row["seconds"] * 1e3 for row in rows], "o-", label=f"time, exponent {found['told']['time']:.2f}")
             flops = np.array([row["flops"] for row in rows])
-            panel.plot(x, flops / flops[0] * rows[0]["seconds"] * 1e3, "k:", label=f"FLOPs, {found['exponents']['flops']:.2f}")
+            panel.plot(x, flops / flops[0] * rows[0]["seconds"] * 1e3, "k:", label=f"FLOPs, {found['told']['flops']:.2f}")
             panel.legend()
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms a step")
         panel.set_xticks([row[axis] for row in rows], [str(row[axis]) for row in rows], minor=False)
@@ -198,6 +181,9 @@ def main() -> None:
     parser.add_argument("--plot", help="draw them into this file")
     arguments = parser.parse_args()
     if arguments.worker:
+        from jaxgen.parallel import runtime
+
+        runtime.start(allow_cpu=True)
         return serve(Side())
     chosen = arguments.sweeps.split(",")
     if unknown := set(chosen) - SWEEPS.keys():
@@ -207,12 +193,11 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="jaxgen-scaling-") as scratch:
         place = Path(scratch)
-        for name in chosen:
-            axis, points = SWEEPS[name]
-            sides = {}
+        for axis in chosen:
+            points, sides = SWEEPS[axis], {}
             for devices in sorted({point.devices for point in points}):
                 own = environment(place)
-                if name == "devices":
+                if axis == "devices":
                     own |= {"JAX_PLATFORMS": "cpu", "JAXGEN_CPU_DEVICES": str(devices)}
                 command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
                 sides[devices] = Worker(command, own, place / f"{devices}.txt")
@@ -221,7 +206,7 @@ def main() -> None:
                 side.end()
             if not found:
                 print(f"{rows[0]['hardware']}, {len(os.sched_getaffinity(0))} cores, float32; medians of {arguments.rounds}")
-            found[name] = {"rows": rows, "exponents": tell(name, axis, rows)}
+            found[axis] = {"rows": rows, "told": tell(axis, rows)}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"settings": vars(arguments), "sweeps": found}, indent=2) + "\n")
     if arguments.plot:

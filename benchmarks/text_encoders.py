@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workers import Skip, Work, Worker, environment, median, rotated, serve, versions
+from workers import Skip, Work, Worker, environment, median, race, rotated, serve, versions
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MODELS = {"minilm": (6, 384), "gpt2": (12, 768), "t5": (6, 512)}  # layers, width; the MLP is four times as wide
@@ -154,17 +154,7 @@ class Bench:
             shown[variant] = np.load(file)
         if kind != "bare":
             self.check(kind, shown)
-        counts = {}
-        for variant in variants:
-            took = 0 if once else self.side(variant).ask(do="time", variant=variant, count=1)["seconds"]
-            counts[variant] = 1 if once else max(1, round(self.arguments.seconds / took))
-        found: dict[str, list[float]] = {variant: [] for variant in variants}
-        for variant in rotated(variants, self.arguments.rounds):
-            side = self.side(variant)
-            if not once:
-                side.ask(do="time", variant=variant, count=1)  # the other side's data were in the caches
-            found[variant].append(side.ask(do="time", variant=variant, count=counts[variant])["seconds"])
-        return found
+        return race(self.side, variants, self.arguments.rounds, None if once else self.arguments.seconds)
 
     def side(self, variant: str) -> Worker:
         return self.sides["ours" if variant == "ours" else "torch"]

@@ -92,7 +92,25 @@ def environment(place: Path) -> dict[str, str]:
     }
 
 
-def rotated(variants: tuple[str, ...], rounds: int) -> Any:
+def race(
+    side: Callable[[Any], Worker], variants: tuple[Any, ...], rounds: int, seconds: float | None
+) -> dict[Any, list[float]]:
+    """Seconds of one run of each prepared variant, a number a round, in rotating order. side: whose a variant is. seconds: what
+    a variant runs for in a round, warmed by a run that does not count; None: it runs once, cold."""
+    counts = {}
+    for variant in variants if seconds else ():
+        took = min(side(variant).ask(do="time", variant=str(variant), count=1)["seconds"] for _ in range(2))
+        counts[variant] = max(1, round(seconds / took))
+    found: dict[Any, list[float]] = {variant: [] for variant in variants}
+    for variant in rotated(variants, rounds):
+        if seconds:
+            side(variant).ask(do="time", variant=str(variant), count=1)  # another side's data were in the caches
+        answer = side(variant).ask(do="time", variant=str(variant), count=counts.get(variant, 1))
+        found[variant].append(answer["seconds"])
+    return found
+
+
+def rotated(variants: tuple[Any, ...], rounds: int) -> Any:
     turns = itertools.cycle([variants[i:] + variants[:i] for i in range(len(variants))])
     return itertools.chain.from_iterable(itertools.islice(turns, rounds))
 

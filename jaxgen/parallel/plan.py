@@ -254,17 +254,27 @@ def grouped(collectives: list[hlo.Collective], mesh: Mesh) -> list[dict[str, Any
 
 def run(compiled: Any, parts: Abstract, placed: Any, encoder: Any, steps: int) -> float:
     """Seconds a step takes, the median of `steps` after a first one, on made-up data."""
+    step, took = stepper(compiled, parts, placed, encoder), []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        step()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
+
+
+def stepper(compiled: Any, parts: Abstract, placed: Any, encoder: Any) -> Callable[[], dict[str, jax.Array]]:
+    """Each call takes the next step of a new state, on made-up data, and returns its metrics when all of it is done."""
     fill = lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding)  # noqa: E731
     state, batch = jax.jit(parts.make, out_shardings=placed)(encoder.params), jax.tree.map(fill, parts.batch)
     frozen = jax.tree.map(fill, {name: tree for name, tree in parts.frozen.items() if name != "text"})
     frozen |= {"text": encoder.params} if "text" in parts.frozen else {}
-    took = []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
-        jax.block_until_ready((state, metrics))
-        took.append(time.perf_counter() - began)
-    return statistics.median(took[1:])
+
+    def step() -> dict[str, jax.Array]:
+        nonlocal state
+        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
+        return metrics
+
+    return step
 
 
 def largest(config: Any, again: Callable[[Any], Plan], first: Plan, least: int) -> int | None:

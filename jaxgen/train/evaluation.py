@@ -1,7 +1,7 @@
 """What is looked at while training: scores on `validation`, and sheets of pictures."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,26 @@ from jaxgen.train.state import SAMPLE, TrainState, stream
 from jaxgen.train.step import to_float, with_features, with_floats
 
 
+def diverse(config: RunConfig) -> bool:
+    return config.eval.diversity > 0 and config.family.draws
+
+
+def judged(config: RunConfig) -> bool:
+    return config.data.name == "scenes"
+
+
+def scores_of(config: RunConfig) -> list[str]:
+    """The names of the scores that a run's evaluations will have."""
+    names = ["eval/loss", *(["eval/diversity"] if diverse(config) else [])]
+    return [*names, *(accuracy.NAMES if judged(config) else [])]
+
+
+def check_metric(config: RunConfig, names: Iterable[str]) -> None:
+    """Raises UserError where eval.metric is none of the scores."""
+    if config.eval.metric not in names:
+        raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(names)}")
+
+
 @dataclass
 class Evaluator:
     """Looks at the EMA weights of a run's states, by programs that are compiled once.
@@ -44,38 +64,23 @@ class Evaluator:
     source: Source
     ready: Callable[[dict[str, Any]], dict[str, Any]]
 
-    def check_metric(self) -> None:
-        """Raises UserError where eval.metric is none of the scores."""
-        config, names = self.config, ["eval/loss"]
-        names += ["eval/diversity"] if self._diverse else []
-        names += accuracy.NAMES if self._judged else []
-        if config.eval.metric not in names:
-            raise UserError(f"eval.metric={config.eval.metric}: this data set has {', '.join(names)}")
-
-    @property
-    def _diverse(self) -> bool:
-        return self.config.eval.diversity > 0 and self.config.family.draws
-
-    @property
-    def _judged(self) -> bool:
-        return self.config.data.name == "scenes"
-
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """The scores of a state."""
+        """The scores of a state. Raises UserError where eval.metric is none of them, as few pictures may lack its kind."""
         config, scores = self.config, {"eval/loss": self._loss_of(state)}
         model = Model(config, state.ema_params, self.encoder, self.frozen, self.mesh)
-        if self._diverse:
+        if diverse(config):
             captions = list(dict.fromkeys(self.source.captions()))
             chosen = np.linspace(0, len(captions) - 1, min(config.eval.diversity, len(captions))).astype(int)
             scores["eval/diversity"] = diversity(model, [captions[i] for i in chosen])
-        if self._judged and config.family.draws:
+        if judged(config) and config.family.draws:
             language = "en" if "en" in config.data.languages else config.data.languages[0]
             scores |= accuracy.accuracy(model, "validation", config.eval.count, language=language)
-        elif self._judged:
+        elif judged(config):
             side = config.data.image_size
             scenes = [example("validation", k, size=side)[0] for k in range(config.eval.count)]
             originals = np.stack([render(scene, side) for scene in scenes])
             scores |= accuracy.score(self.reconstruct(state, originals), scenes)[0]
+        check_metric(config, scores)
         return scores
 
     def _loss_of(self, state: TrainState) -> float:

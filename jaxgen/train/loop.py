@@ -31,7 +31,7 @@ from jaxgen.text.adapt import keep_frozen, text_of, with_text
 from jaxgen.text.cache import CaptionTable, encode_captions
 from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.config import RunConfig
-from jaxgen.train.evaluation import Evaluator, keep_best
+from jaxgen.train.evaluation import Evaluator, check_metric, keep_best, scores_of
 from jaxgen.train.goodput import Goodput
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
 from jaxgen.train.optimizers import make_optimizer
@@ -68,6 +68,8 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     config = dataclasses.replace(config, family=family)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    if config.eval.every:
+        check_metric(config, scores_of(config))
     claim(workdir, config)
 
     # Input
@@ -130,8 +132,6 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         use = f"draw in its latents with: --config.family.codec=pretrained --config.family.codec.source={workdir}"
     wanted = bool(config.sample.prompts) or not family.draws
     evaluator = Evaluator(config, workdir, encoder, frozen, mesh, held_out or source, ready)
-    if config.eval.every:
-        evaluator.check_metric()
     fit(
         config,
         workdir,

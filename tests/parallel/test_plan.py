@@ -96,9 +96,8 @@ def test_groups_are_read_in_every_way_they_are_written(text, devices):
     assert hlo.groups(f"channel_id=1, {text}, use_global_device_ids=true") == devices
 
 
-# What XLA writes for a TPU, cut down: a loop whose turns stand in its condition and its
-# body's steps of two, a sum fused with the slice that is kept, a
-# weight gathered beside two fusions, an array that is never in main memory.
+# What XLA writes for a TPU, cut down: a loop with its turns in its condition and in its body's steps of two, a sum fused with
+# the slice that is kept, a weight gathered beside two fusions, an array that is never in main memory.
 TPU = """HloModule step
 %all-reduce-scatter (input: bf16[8,16]) -> bf16[2,16] {
   %input = bf16[8,16]{1,0} parameter(0)

@@ -238,4 +238,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
 def test_a_metric_that_does_not_exist_is_told(place):
     line = refused(place, "unknown", "--config.eval.every=1", "--config.eval.count=4", "--config.eval.metric=eval/fid")
     assert line == "error: eval.metric=eval/fid: this data set has eval/loss"
+    assert not (place / "unknown").exists()
     assert not (place / "unknown" / "metrics.jsonl").exists()  # before the first step
