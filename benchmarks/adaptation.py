@@ -95,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - set(WAYS):
         raise UserError(f"--only: {', '.join(sorted(unknown))} is no way here: choose from {', '.join(WAYS)}")
-    from jaxgen.storage import read_json, write_json
+    from jaxgen.storage import as_path, read_json, write_json
 
     elsewhere(write_scratch, scratch(args))
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in args.only.split(",")}
@@ -104,7 +104,7 @@ def main() -> None:
         for way, row in rows.items():
             workdir = Path(args.workdirs) / f"{way}-{seed}"
             train(f"{way}, seed {seed}", command(way, seed, workdir, args), args.steps, workdir)
-            kept = workdir / f"judged_{args.prompts}.json"
+            kept = as_path(workdir / f"judged_{args.prompts}.json")
             if not kept.exists():
                 write_json(kept, elsewhere(judged, workdir, args.prompts))
             row.append(read_json(kept))
@@ -118,7 +118,7 @@ def main() -> None:
             text += f"{np.mean(exact):16.1f} ({min(exact):.1f}-{max(exact):.1f})".rjust(26)
         print(text)
     if args.json:
-        write_json(Path(args.json), {"settings": vars(args), "ways": rows})
+        write_json(as_path(args.json), {"settings": vars(args), "ways": rows})
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def one(name: str, own: Path, place: Path, steps: int, rng: random.Random, probl
     target = rng.randint(7, steps - 4)
     child = Child(own, "killed")
     child.wait_until(lambda: (child.step or 0) >= target and bool(whole(child.workdir)))
-    child.send(signal.SIGKILL)
+    child.send(signal.SIGKILL, rng)
     if child.end() == 0:
         problems.append(f"{name}: the run finished before it was killed: raise --steps")
     expected, killed_at = max(whole(child.workdir), default=0), child.step or 0
@@ -134,7 +134,7 @@ def draw(name: str, own: Path, problems: list[str]) -> tuple[int, str]:
 
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
     command = [sys.executable, str(ROOT / "sample.py"), f"--workdir={own / 'killed'}", *prompts, "--num_images=2", "--steps=4"]
-    done = subprocess.run([*command, f"--out_dir={own / 'drawn'}"], env=environment(own), capture_output=True, text=True)
+    done = subprocess.run([*command, f"--out_dir={own / 'drawn'}"], env=environment(own, 1), capture_output=True, text=True)
     if done.returncode == 2 and "draws nothing from text" in done.stderr:
         return 0, "draws nothing from text, and says so"
     files = sorted((own / "drawn").glob("*.png"))
@@ -144,7 +144,8 @@ def draw(name: str, own: Path, problems: list[str]) -> tuple[int, str]:
     from PIL import Image
 
     pictures = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-    verdict = verify(pictures, [parse(read_metadata(as_path(file))["prompt"]) for file in files])
+    scenes: list[Any] = [parse(read_metadata(as_path(file))["prompt"]) for file in files]  # all are captions of scenes
+    verdict = verify(pictures, scenes)
     return len(files), f"{verdict.exact.mean():.0%} exact, {verdict.colour.mean():.0%} colours"
 
 

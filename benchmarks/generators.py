@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,10 @@ class Ours:
             return self.family.draw_times(time_key, batch), jax.random.normal(noise_key, (batch, size, size, 3))
 
         times, noises = zip(*(drawn(step) for step in range(CHECKED)), strict=True)
-        generator = {f"weight:{n.removeprefix('generator.')}": p for n, p in params.items()}
+        generator: dict[str, Any] = {f"weight:{n.removeprefix('generator.')}": p for n, p in params.items()}
         # Their last bit turns a cosine by 1e-4, and is another one in another library.
         frequencies = jax.jit(time_frequencies, static_argnums=0)(64)
-        drawing = {"frequencies": frequencies, "t": np.stack(times), "noise": np.stack(noises)}
+        drawing: dict[str, Any] = {"frequencies": frequencies, "t": np.stack(times), "noise": np.stack(noises)}
         np.savez(file, **generator, **self.batches, **drawing)
         self.noise = np.asarray(noises[0])
         kind = {"Transformer": "transformer", "UNet": "unet"}[type(network).__name__]
@@ -230,7 +231,7 @@ class Driver:
         """Seconds of one run, a number a round."""
         return race(self.side, variants, self.arguments.rounds, self.arguments.seconds)
 
-    def agree(self, name: str, shown: dict[str, list[Any]]) -> bool:
+    def agree(self, name: str, shown: Mapping[str, Any]) -> bool:
         """Whether all variants show the same as ours; a problem is told and remembered."""
         ours, limit = np.asarray(shown["ours"]), TOLERANCE[self.arguments.bfloat16]
         for variant, theirs in shown.items():

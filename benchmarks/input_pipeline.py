@@ -79,7 +79,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     place, latency = Path(), 0.0
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -108,7 +108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads, allow_reuse_address, request_queue_size = True, True, 512
 
-    def handle_error(self, *_: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # readers that hang up
 
 
@@ -145,7 +145,8 @@ def ours(kind: str, url: str, place: Path, made: dict[str, Any], seconds: float)
     began = time.monotonic()
     source = load_source(config)
     indexing = time.monotonic() - began
-    digests, feed = [], batches(source, seed=0, batch_size=batch_size)
+    digests: list[str] = []
+    feed: Any = batches(source, seed=0, batch_size=batch_size)  # a generator
 
     def counts() -> Any:
         for batch in feed:
@@ -174,7 +175,8 @@ def webdataset(_: str, url: str, place: Path, made: dict[str, Any], seconds: flo
     cv2.setNumThreads(0)
 
     def image(data: bytes) -> Any:
-        return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        found: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        return cv2.cvtColor(found, cv2.COLOR_BGR2RGB)
 
     shards = f"pipe:curl -s {url}{{00000..{made['shards'] - 1:05d}}}.tar"
     data = wds.WebDataset(shards, resampled=True, shardshuffle=False, handler=wds.warn_and_continue).shuffle(1000)
@@ -246,7 +248,8 @@ def decoding(place: Path, seconds: float) -> dict[str, float]:
     cv2.setNumThreads(0)
     with tarfile.open(place / "00000.tar") as archive:
         names = [name for name in archive.getnames() if name.endswith(".jpg")][:100]
-        data = [np.frombuffer(archive.extractfile(name).read(), np.uint8) for name in names]  # ty: ignore[missing-attribute]
+        files = [archive.extractfile(name) for name in names]
+        data = [np.frombuffer(file.read(), np.uint8) for file in files if file is not None]
 
     def work(_: int) -> int:
         count, began = 0, time.monotonic()
@@ -269,6 +272,7 @@ def memory(kind: str, place: Path, entries: int) -> dict[str, float]:
 
     from jaxgen.data import parquet, tar
     from jaxgen.data.shards import INDEX, Index, ShardSet
+    from jaxgen.storage import as_path
 
     form = {"tar": tar.FORMAT, "parquet": parquet.FORMAT}[kind]
     place.mkdir(parents=True)
@@ -290,13 +294,13 @@ def memory(kind: str, place: Path, entries: int) -> dict[str, float]:
     told = {"splits": {"train": entries}, "problems": {}, "lost": {}, "shards": [f"{k:05d}.{kind}" for k in range(shards)]}
     (place / INDEX).write_text(json.dumps(told | {"sizes": [1] * shards}))
     chosen = ShardSet(form, "")
-    order = grain.MapDataset.range(100).seed(0).shuffle().repeat(None)  # imports, before it is measured
+    grain.MapDataset.range(100).seed(0).shuffle().repeat(None)  # imports, before it is measured
     before = resident()
-    records = form.records(chosen, Index(place, chosen), "train")
-    order = records.order(0, 256) or grain.MapDataset.range(len(records)).seed(0).shuffle().repeat(None)
+    records = form.records(chosen, Index(as_path(place), chosen), "train")
+    orders: Any = records.orders(0, 256) or [grain.MapDataset.range(len(records)).seed(0).shuffle().repeat(None)]
     longest = last = 0
     for position in range(0, entries, 97):  # every page of the rows and ends, nearly
-        entry: Any = order[position]
+        entry = orders[0][position]
         longest = max(longest, len(records.captions_of(int(entry))[0]))
         last = max(last, int(records.rows[int(entry)]["shard"]))
     if longest != 50 or last >= shards:

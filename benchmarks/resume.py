@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,11 @@ class Child:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(place, processes)
             )
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        for line in self.process.stdout:
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
             now = time.monotonic()
             if found := re.search(r"from step (\d+) to", line):
                 self.resumed, self.phase = int(found[1]), "compiling"

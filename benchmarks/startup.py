@@ -44,7 +44,7 @@ class Starts:
                     command, env=self.environment | caches, stdout=subprocess.PIPE, stderr=errors, text=True
                 )
             try:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     if line.startswith("step 1/"):
                         return time.perf_counter() - began
             finally:

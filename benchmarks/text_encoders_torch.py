@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ class Torch:
     def write(self, name: str, directory: str) -> None:
         """Random weights; the configurations' defaults are GPT-2-small and T5-small."""
         torch.manual_seed(0)
-        model = {"gpt2": transformers.GPT2LMHeadModel, "t5": transformers.T5EncoderModel}[name]
+        model: Any = {"gpt2": transformers.GPT2LMHeadModel, "t5": transformers.T5EncoderModel}[name]
         model(model.config_class()).save_pretrained(directory)
 
     def load(self, directory: str, words: str) -> None:
@@ -28,7 +29,7 @@ class Torch:
         kind = transformers.AutoConfig.from_pretrained(directory).model_type
         loader = transformers.T5EncoderModel if kind == "t5" else transformers.AutoModel
         self.model = loader.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32).eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(words)
 
     def first(self, caption: str) -> None:
         self.model(**self.tokens([caption])).last_hidden_state  # noqa: B018

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import time
+from typing import Any
 
 import cv2
 import numpy as np
@@ -91,7 +92,8 @@ def main() -> None:
         scenes = [s.example("test", i, args.seed + 1)[0] for i in indices]
         images = np.stack([s.render(scene) for scene in scenes])
         noise = np.clip(images + rng.integers(-8, 9, images.shape), 0, 255).astype(np.uint8)
-        packed = np.stack([cv2.imdecode(cv2.imencode(".jpg", image, jpeg)[1], cv2.IMREAD_COLOR) for image in images])
+        again: list[Any] = [cv2.imdecode(cv2.imencode(".jpg", image, jpeg)[1], cv2.IMREAD_COLOR) for image in images]
+        packed = np.stack(again)
         cases = {"plain": (images, scenes), "noise": (noise, scenes), "jpeg": (packed, scenes)}
         cases["flipped"] = (images, [flip(scene, rng) for scene in scenes])
         if start < args.damaged:
@@ -107,7 +109,7 @@ def main() -> None:
             for i in np.flatnonzero(bad)[:3]:
                 detail = kinds[i] if name == "damaged" else s.caption(asked[i])
                 print(f"wrong: {name} {indices[i]}: {s.caption(scenes[i])} | {detail}")
-    result = {name: {"pictures": totals[name], "wrong": wrong[name]} for name in totals}
+    result: dict[str, Any] = {name: {"pictures": totals[name], "wrong": wrong[name]} for name in totals}
     result["images_per_sec"] = totals["plain"] / seconds
     result["cores"] = os.cpu_count()
     for name in totals:

@@ -61,11 +61,13 @@ class Worker:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
             )
+        self._commands: Any = self.process.stdin
+        self._answers: Any = self.process.stdout
 
     def ask(self, **command: Any) -> dict[str, Any]:
         try:
-            print(json.dumps(command), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            print(json.dumps(command), file=self._commands, flush=True)
+            line = self._answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -73,7 +75,7 @@ class Worker:
         return json.loads(line)
 
     def end(self) -> None:
-        self.process.stdin.close()
+        self._commands.close()
         self.process.wait()
 
 

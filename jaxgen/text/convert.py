@@ -73,7 +73,7 @@ def pickles(source: Path) -> list[Path]:
 
 def read(file: Path) -> dict[str, Any]:
     """{name: tensor}, contiguous and each with a memory of its own; a checkpoint's "state_dict" is what counts in it."""
-    import torch  # ty: ignore[import-not-found]
+    import torch
 
     try:
         with warnings.catch_warnings(action="ignore"):
