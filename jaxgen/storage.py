@@ -36,6 +36,9 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
+PART = ".part"  # how the name ends of a file that is being written
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Generator[IO[bytes]]:
     """A file to be filled, which is there when the block ends: readers see the old content or the new, never a part. Makes
@@ -49,7 +52,7 @@ def writing(path: Path) -> Generator[IO[bytes]]:
             yield buffer
             path.write_bytes(buffer.getvalue())
             return
-        handle, temporary = tempfile.mkstemp(dir=os.fspath(path.parent), prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=os.fspath(path.parent), prefix=f".{path.name}.", suffix=PART)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -62,6 +65,14 @@ def writing(path: Path) -> Generator[IO[bytes]]:
             raise
     except OSError as error:
         raise explain(error, path) from error
+
+
+def sweep(directory: Path) -> None:
+    """Takes away what `writing` had begun in a directory, if there is one, when its process was killed."""
+    if not is_remote(directory) and directory.exists():
+        for file in directory.iterdir():
+            if file.name.startswith(".") and file.name.endswith(PART):
+                file.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,12 +1,15 @@
 import os
 import resource
+import signal
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from jaxgen.errors import NoSpace, UserError
-from jaxgen.storage import as_path, read_json, write_array, write_bytes, write_json
+from jaxgen.storage import as_path, read_json, sweep, write_array, write_bytes, write_json
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -29,6 +32,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
         write_bytes(file, b"new")
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_killed_writer_left_is_swept_away(tmp_path):
+    write_bytes(as_path(tmp_path / "a"), b"old")
+    (tmp_path / ".hidden").write_text("somebody's")
+    (tmp_path / "score.part").write_text("somebody's")
+    writer = f"""
+import os, signal
+from jaxgen.storage import as_path, writing
+with writing(as_path({str(tmp_path / "a")!r})) as file:
+    file.write(b"ne")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", writer]).returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 4
+    sweep(as_path(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "a", "score.part"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+    sweep(as_path(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

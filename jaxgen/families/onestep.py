@@ -19,7 +19,12 @@ adaptively. Nothing is divided by a small t, and a step draws x_r = (1 - s) x_t 
 Guidance is built in: the network knows the scale w, and v is the guided velocity. Trained from pictures its clean picture is
 x + (1 - 1/w) (x̂(x_t, t, t, w, text) - x̂(x_t, t, t, 1, no text)), whose fixed point is guidance by w (arXiv 2512.02012).
 With a teacher (a trained Flow), the teacher's guided prediction stands both for x and for x̂(x_t, t, t): targets free of
-noise, and the network begins with its weights (train.init_from)."""
+noise, and the network begins with its weights (train.init_from).
+
+Where a step is to land changes at once from one noise to the next (a shape here, or there), a squared error asks for the mean
+of both. An `adversary` asks for a picture: a GAN's discriminator looks at what is drawn in one step from noise beside real
+pictures, and at both with their captions (after Sauer et al., arXiv 2311.17042). It is for the end: train without it first,
+then anew with --config.train.init_from."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -33,9 +38,10 @@ from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses, SampleSettings, Shapes
 from jaxgen.families.flow import MIN_TIME, Flow
+from jaxgen.families.gan import Gan
 from jaxgen.families.steps import Step
 from jaxgen.nn.attention import plain_attention
-from jaxgen.nn.module import Params, dtype_of
+from jaxgen.nn.module import Params, dtype_of, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
 
 
@@ -55,6 +61,8 @@ class OneStep(Flow):
     whole_share: float = 0.1  # of steps to the end, r = 0; for the others r is uniform in [0, t]
     loss_power: float = 0.5  # a picture's loss e counts e / (e + loss_offset)^loss_power; 0 is the squared error
     loss_offset: float = 1e-3
+    adversary: Gan | None = None  # whose discriminator judges what one step draws; its generator is not made
+    adversary_weight: float = 0.1  # of its opinion, beside the flow's loss
 
     def validate(self) -> None:
         super().validate()
@@ -66,6 +74,26 @@ class OneStep(Flow):
             raise UserError(f"family.equal_share + family.whole_share = {self.equal_share + self.whole_share} exceeds 1")
         if not 0 <= self.loss_power <= 1 or self.loss_offset <= 0:
             raise UserError("family.loss_power lies in [0, 1] and family.loss_offset is positive")
+        if self.adversary_weight < 0:
+            raise UserError(f"family.adversary_weight={self.adversary_weight} is a weight: it cannot be negative")
+
+    @property
+    def groups(self) -> tuple[str, ...]:  # ty: ignore[incompatible-property-override]
+        return ("generator",) if self.adversary is None else ("discriminator", "generator")
+
+    def init(self, key: jax.Array, shapes: Shapes) -> Params:
+        params = super().init(key, shapes)
+        if self.adversary is None:
+            return params
+        inner = self._inner(shapes)
+        self.adversary.network.check_image(inner.image)
+        return params | {"discriminator": init_params(self.adversary.build("discriminator", inner), jax.random.fold_in(key, 1))}
+
+    def logical_axes(self, shapes: Shapes) -> Params:
+        axes = super().logical_axes(shapes)
+        if self.adversary is None:
+            return axes
+        return axes | {"discriminator": logical_axes(self.adversary.build("discriminator", self._inner(shapes)))}
 
     def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         image, text = self.clean(frozen, batch, key), batch["text"]
@@ -93,7 +121,16 @@ class OneStep(Flow):
         error = jnp.mean(jnp.square(right - target), axis=(1, 2, 3))
         weighed = error / jnp.square(jnp.maximum(t, self.loss_min_time))
         loss = weighed * jax.lax.stop_gradient((weighed + self.loss_offset) ** -self.loss_power)
-        return {"generator": (jnp.mean(loss), {"clean_mse": jnp.mean(error)})}
+        total, metrics = jnp.mean(loss), {"clean_mse": jnp.mean(error)}
+        if self.adversary is None:
+            return {"generator": (total, metrics)}
+        begin_key, *keys = jax.random.split(jax.random.fold_in(key, 4), 3)
+        begin, one = jax.random.normal(begin_key, image.shape, jnp.float32), jnp.ones_like(t)
+        drawn = self._predict(params, begin, _times(one, one, scale), text, dropout_key)
+        contest = self.adversary.contest(params["discriminator"], image, drawn, text, keys)
+        opinion = contest["generator"][0]
+        metrics["opinion"] = opinion
+        return contest | {"generator": (total + self.adversary_weight * opinion, metrics)}
 
     def _velocity_and_target(
         self,
@@ -148,7 +185,10 @@ class OneStep(Flow):
         """The target's passes, then forward with its derivative (of like cost) and backward."""
         guided = self.guidance != (1.0, 1.0)
         of_target = self if self.teacher_flow is None else self.teacher_flow
-        return 4.0 * self.flops(shapes, tokens) + (1.0 + guided) * of_target.flops(shapes, tokens)
+        total = 4.0 * self.flops(shapes, tokens) + (1.0 + guided) * of_target.flops(shapes, tokens)
+        if self.adversary is None:
+            return total
+        return total + 3.0 * self.flops(shapes, tokens) + self.adversary.contest_flops(self._inner(shapes), tokens)
 
     def resolve(self) -> Self:
         resolved = super().resolve()
@@ -166,7 +206,7 @@ class OneStep(Flow):
         return dataclasses.replace(resolved, teacher_flow=config.family)
 
     def to_draw(self) -> Self:
-        return dataclasses.replace(super().to_draw(), teacher_flow=None)
+        return dataclasses.replace(super().to_draw(), teacher_flow=None, adversary=None)
 
     def init_frozen(self, shapes: Shapes) -> Params:
         frozen = super().init_frozen(shapes)

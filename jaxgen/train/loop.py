@@ -24,8 +24,8 @@ from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
 from jaxgen.parallel.memory import compile_checked, memory
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
-from jaxgen.parallel.runtime import compute_dtype, trim_memory
-from jaxgen.storage import Path, as_path, explain, is_remote, write_bytes, write_json
+from jaxgen.parallel.runtime import compute_dtype, steady_memory
+from jaxgen.storage import Path, as_path, explain, is_remote, sweep, write_bytes, write_json
 from jaxgen.text import TextEncoder
 from jaxgen.text.adapt import keep_frozen, text_of, with_text
 from jaxgen.text.cache import CaptionTable, encode_captions
@@ -244,7 +244,6 @@ def fit(
     programs = Programs(jitted(step_fn, where), config, jax.tree.leaves(where)[0].mesh)
     used = memory(programs(state, frozen, batch))
     compile_s = time.monotonic() - compiling
-    trim_memory()  # reading, encoding and compiling are over
 
     # Loop
     log = Log(workdir, step, configs.to_dict(config))
@@ -275,7 +274,7 @@ def fit(
                 " (train.init_from)"
             )
 
-    with stopping() as asked_to_stop:
+    with steady_memory(), stopping() as asked_to_stop:
         clock.to("step")
         since, since_step, done_flops = time.monotonic(), step, 0.0
         while step < config.train.steps and not control["stopped"]:
@@ -391,7 +390,8 @@ def tell(line: str) -> None:
 
 
 def claim(workdir: Path, config: Any) -> None:
-    """Makes the directory; raises UserError where it cannot be written or holds another run's checkpoints."""
+    """Makes the directory, or clears it of what a killed run had begun to write; raises UserError where it cannot be written
+    or holds another run's checkpoints."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -399,8 +399,15 @@ def claim(workdir: Path, config: Any) -> None:
     if not is_remote(workdir) and not os.access(workdir, os.W_OK):
         raise UserError(f"no permission to write {workdir}: choose a directory of your own")
     previous = read_config(workdir)
-    if previous is None or not Checkpoints(workdir, keep=None).steps():
-        return  # new, or it came to nothing
+    if previous is not None and Checkpoints(workdir, keep=None).steps():  # else it came to nothing
+        check_same(workdir, previous, config)
+    if jax.process_index() == 0:
+        for directory in (workdir, workdir / "samples"):
+            sweep(directory)
+
+
+def check_same(workdir: Path, previous: dict[str, Any], config: Any) -> None:
+    """Raises UserError where the directory's config.json says something else."""
     # What is newer has its default.
     previous = configs.to_dict(configs.from_dict(type(config), previous, f"{workdir}/config.json"))
     longer = config.optimizer.schedule == "constant" and not config.text.adapt.scheduled

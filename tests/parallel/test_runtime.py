@@ -1,8 +1,10 @@
+import gc
 import http.server
 import platform
 import subprocess
 import sys
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from jaxgen.errors import UserError
 from jaxgen.parallel import runtime
+from jaxgen.parallel.runtime import steady_memory
 
 
 def test_processes_are_taken_from_the_environment():
@@ -144,3 +147,25 @@ print(kept - before, resident() - before)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     kept, after = map(int, done.stdout.split())
     assert kept > 90 > 10 > after  # MB
+
+
+def test_a_loop_has_its_own_garbage_collected():
+    class Ring:
+        def __init__(self):
+            self.own = self
+
+    gone, kept, before = [], Ring(), Ring()
+    weakref.finalize(before, gone.append, "before")
+    del before
+
+    def loop():
+        with steady_memory():
+            assert gone == ["before"]
+            assert gc.get_freeze_count() > 10_000  # all that has been imported
+            assert not any(found is kept for found in gc.get_objects())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        loop()
+    assert gc.get_freeze_count() == 0
+    assert any(found is kept for found in gc.get_objects())

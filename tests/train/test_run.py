@@ -14,7 +14,7 @@ from cv2 import imread, imwrite
 import jaxgen
 from jaxgen.errors import UserError
 from jaxgen.evaluate.pictures import read_metadata
-from jaxgen.storage import as_path
+from jaxgen.storage import PART, as_path
 from tests.train.runs import ROOT, command, environment, weights
 
 CONFIG = """
@@ -114,8 +114,11 @@ def test_a_killed_run_goes_on_bit_for_bit(place, finished):
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
+    half = place / "killed" / f".metrics.jsonl.k1l{PART}"
+    half.write_text('{"step": 10')
     assert train(place, "killed").returncode == 0
     assert_same(place / "killed", finished)
+    assert not half.exists()
 
 
 def test_a_run_of_two_groups_is_killed_goes_on_and_draws(place):
