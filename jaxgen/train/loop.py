@@ -6,7 +6,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -446,6 +447,14 @@ def tokens_of(batch: dict[str, Any]) -> int:
     return (batch["text"].mask if "text" in batch else batch["input_ids"]).shape[1]
 
 
+def brief(names: Sequence[str]) -> str:
+    """Names of weights for one line: each, or where they are many how many of each part of the network."""
+    if len(names) > 30:
+        parts = Counter(".".join(name.split(".")[:2]) for name in names)
+        names = [f"{part} ({count})" for part, count in parts.items()]
+    return ", ".join(names) or "none"
+
+
 def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: Any) -> TrainState:
     """The state with another run's EMA weights; lists what was taken, what is new here and what was left there."""
     try:
@@ -468,8 +477,8 @@ def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: A
         raise UserError(f"train.init_from={origin} has no weight of this network")
     new, left = sorted(ours.keys() - set(taken)), sorted(theirs.keys() - set(taken))
     tell(f"from {origin}: took {len(taken)} tensors")
-    tell(f"  new here: {', '.join(new) or 'none'}")
-    tell(f"  left there: {', '.join(left) or 'none'}")
+    tell(f"  new here: {brief(new)}")
+    tell(f"  left there: {brief(left)}")
     params = unflatten({name: theirs[name] if name in taken else ours[name] for name in ours})
     params = jax.tree.map(lambda p, s: jax.device_put(np.asarray(p), s), params, where.params)
     ema = jax.tree.map(jnp.copy, {group: params[group] for group in state.ema_params})

@@ -24,6 +24,7 @@ from jaxgen.text.sources import resolve
 from jaxgen.text.weights import stored
 from jaxgen.train.config import EvalConfig, RunConfig
 from jaxgen.train.evaluation import keep_best
+from jaxgen.train.loop import brief
 
 CONFIG = """
 from jaxgen.data.config import DataConfig
@@ -167,6 +168,13 @@ def test_a_run_begins_with_the_ema_weights_of_another(place, origin):
     assert status == 0
     assert "is finished (step 1)" in out
     assert "took" not in out
+
+
+def test_many_weights_are_told_by_their_parts():
+    names = [f"a.b.{k}.kernel" for k in range(30)]
+    assert brief([]) == "none"
+    assert brief(names) == ", ".join(names)
+    assert brief([*names, "a.head.bias"]) == "a.b (30), a.head (1)"
 
 
 def test_weights_that_do_not_fit_are_taken_only_around_what_is_skipped(place, origin):
