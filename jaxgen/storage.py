@@ -20,6 +20,7 @@ from jaxgen.errors import NoSpace, UserError
 
 Path = epath.Path
 DRIVERS = {"gs://": ("gcsfs", "gcs")}  # what a remote path begins with: the package it needs, our extra that brings it
+PART = ".part"  # how the name ends of a file that is being written
 
 
 def as_path(path: "str | os.PathLike[str] | Path") -> Path:
@@ -34,9 +35,6 @@ def as_path(path: "str | os.PathLike[str] | Path") -> Path:
 
 def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
-
-
-PART = ".part"  # how the name ends of a file that is being written
 
 
 @contextlib.contextmanager

@@ -21,10 +21,9 @@ x + (1 - 1/w) (x̂(x_t, t, t, w, text) - x̂(x_t, t, t, 1, no text)), whose fixe
 With a teacher (a trained Flow), the teacher's guided prediction stands both for x and for x̂(x_t, t, t): targets free of
 noise, and the network begins with its weights (train.init_from).
 
-Where a step is to land changes at once from one noise to the next (a shape here, or there), a squared error asks for the mean
-of both. An `adversary` asks for a picture: a GAN's discriminator looks at what is drawn in one step from noise beside real
-pictures, and at both with their captions (after Sauer et al., arXiv 2311.17042). It is for the end: train without it first,
-then anew with --config.train.init_from."""
+Between two noises that lead to different pictures (a shape here, or there) a squared error asks for the mean of both. An
+`adversary` is to refuse that: a GAN's discriminator judges what one step draws from noise, beside a real picture and with the
+caption (after Sauer et al., arXiv 2311.17042). It is for the end: train without it first, then anew with train.init_from."""
 
 import dataclasses
 from dataclasses import dataclass
