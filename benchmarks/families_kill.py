@@ -27,6 +27,7 @@ FAMILIES = {
     "flow": "Flow(network=UNET)",
     "ddpm": "DDPM(network=UNET)",
     "onestep": "OneStep(network=UNET, teacher={flow!r})",
+    "dmd": "DMD(network=UNET, teacher={flow!r})",
     "gan": "Gan(network=DCGAN(width=8))",
     "vae": "Vae(network=Ladder(strides=(2, 2, 4), widths=(16, 16, 16), down=(1,) * 3, up=(1,) * 3, groups=(0, 1, 1),"
     " channels=4, attention=('none', 'text', 'text'), head_dim=16))",
@@ -36,7 +37,7 @@ FAMILIES = {
     "raster": "Autoregressive(Pretrained({tokenizer!r}), TOKENS)",
     "masked": "Autoregressive(Palette(3), TOKENS, order='masked')",
 }
-NEEDS = {"onestep": "flow", "flow in latents": "autoencoder", "raster": "tokenizer"}
+NEEDS = {"onestep": "flow", "dmd": "flow", "flow in latents": "autoencoder", "raster": "tokenizer"}
 CONFIG = """
 from dataclasses import replace
 

@@ -5,6 +5,7 @@ from jaxgen.families.autoencoder_kl import AutoencoderKL
 from jaxgen.families.autoregressive import Autoregressive
 from jaxgen.families.base import Family
 from jaxgen.families.ddpm import DDPM
+from jaxgen.families.dmd import DMD
 from jaxgen.families.flow import Flow
 from jaxgen.families.gan import Gan
 from jaxgen.families.onestep import OneStep
@@ -12,4 +13,16 @@ from jaxgen.families.vae import Vae
 
 DEFAULT = Flow
 
-__all__ = ["DDPM", "DEFAULT", "Autoencoder", "AutoencoderKL", "Autoregressive", "Family", "Flow", "Gan", "OneStep", "Vae"]
+__all__ = [
+    "DDPM",
+    "DEFAULT",
+    "DMD",
+    "Autoencoder",
+    "AutoencoderKL",
+    "Autoregressive",
+    "Family",
+    "Flow",
+    "Gan",
+    "OneStep",
+    "Vae",
+]

@@ -7,7 +7,6 @@ converge (R3GAN, arXiv 2501.05441; relativistic pairing: arXiv 1807.00734; R1: a
 one's caption is to be refused as well (Reed et al., arXiv 1605.05396), or the text could be ignored."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -54,24 +53,18 @@ class Gan(Family):
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
         self.network.check_image(shapes.image)
         keys = jax.random.split(key)
-        return {group: init_params(self.build(group, shapes), k) for group, k in zip(self.groups, keys, strict=True)}
+        return {group: init_params(self._build(group, shapes), k) for group, k in zip(self.groups, keys, strict=True)}
 
     def logical_axes(self, shapes: Shapes) -> Params:
-        return {group: logical_axes(self.build(group, shapes)) for group in self.groups}
+        return {group: logical_axes(self._build(group, shapes)) for group in self.groups}
 
     def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         """See Family.losses. Both groups are given the same drawn pictures, so that one step need draw them only once."""
         image, text = batch["image"], batch["text"]
         noise_key, *keys = jax.random.split(key, 3)
         latent = jax.random.normal(noise_key, (len(image), self.network.noise))
-        return self.contest(params["discriminator"], image, self._generate(params, latent, text, image.shape[1:]), text, keys)
-
-    def contest(
-        self, params: Params, image: jax.Array, drawn: jax.Array, text: TextFeatures, keys: Sequence[jax.Array]
-    ) -> Losses:
-        """Both groups' losses, whatever has drawn: `params` are the discriminator's, `image` and `drawn` float [B, H, W, C]
-        the real and the drawn pictures of the B captions, `keys` two."""
-        discriminator: Any = bind(self.build("discriminator", Shapes.of(image.shape[1:], text)), params)
+        drawn = self._generate(params, latent, text, image.shape[1:])
+        discriminator: Any = bind(self._build("discriminator", Shapes.of(image.shape[1:], text)), params["discriminator"])
         # Where the text encoder learns with the generator, it is not to learn what misleads the discriminator.
         text = jax.lax.stop_gradient(text)
         return {
@@ -183,23 +176,20 @@ class Gan(Family):
     def train_flops(self, shapes: Shapes, tokens: int) -> float:
         """Of one image in one step of both groups, penalties at their share. A forward pass counts once, a backward pass
         once for the inputs and once for the weights, and a penalty's (the gradient, and back through both) six."""
-        return 3 * self.network.flops(shapes, tokens).draw + self.contest_flops(shapes, tokens)
-
-    def contest_flops(self, shapes: Shapes, tokens: int) -> float:
-        """The same without what is the generator's own."""
         p = self.network.flops(shapes, tokens)
-        # The discriminator's step: it reads, looks at two pictures, judges them, and one more with a wrong caption.
-        total = 3 * p.read + 3 * 2 * p.look + 3 * (3 if self.mismatch else 2) * p.judge
+        # The discriminator's step: it draws, reads, looks at two pictures, judges them, and one more with a wrong caption.
+        total = p.draw + 3 * p.read + 3 * 2 * p.look + 3 * (3 if self.mismatch else 2) * p.judge
         total += 6 * ((self.r1 > 0) + (self.r2 > 0)) / self.penalty_every * (p.look + p.judge)
-        # The generator's: back through the discriminator's inputs alone.
-        return total + p.read + (3 if self.loss == "relativistic" else 2) * (p.look + p.judge)
+        # The generator's: what was drawn is still there; back through the discriminator's inputs alone.
+        total += 2 * p.draw + p.read + (3 if self.loss == "relativistic" else 2) * (p.look + p.judge)
+        return total
 
-    def build(self, group: str, shapes: Shapes):
+    def _build(self, group: str, shapes: Shapes):
         return lambda rngs: getattr(self.network, group)(rngs, shapes)
 
     def _generate(self, params: Params, latent: jax.Array, text: TextFeatures, image: tuple[int, ...]) -> jax.Array:
         """float32 [B, H, W, C] from latents [B, noise], computed in the parameters' dtype."""
-        network: Any = bind(self.build("generator", Shapes.of(image, text)), params["generator"])
+        network: Any = bind(self._build("generator", Shapes.of(image, text)), params["generator"])
         return network(latent.astype(dtype_of(params["generator"])), text).astype(jnp.float32)
 
 

@@ -19,11 +19,7 @@ adaptively. Nothing is divided by a small t, and a step draws x_r = (1 - s) x_t 
 Guidance is built in: the network knows the scale w, and v is the guided velocity. Trained from pictures its clean picture is
 x + (1 - 1/w) (x̂(x_t, t, t, w, text) - x̂(x_t, t, t, 1, no text)), whose fixed point is guidance by w (arXiv 2512.02012).
 With a teacher (a trained Flow), the teacher's guided prediction stands both for x and for x̂(x_t, t, t): targets free of
-noise, and the network begins with its weights (train.init_from).
-
-Between two noises that lead to different pictures (a shape here, or there) a squared error asks for the mean of both. An
-`adversary` is to refuse that: a GAN's discriminator judges what one step draws from noise, beside a real picture and with the
-caption (after Sauer et al., arXiv 2311.17042). It is for the end: train without it first, then anew with train.init_from."""
+noise, and the network begins with its weights (train.init_from)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -37,10 +33,9 @@ from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses, SampleSettings, Shapes
 from jaxgen.families.flow import MIN_TIME, Flow
-from jaxgen.families.gan import Gan
 from jaxgen.families.steps import Step
 from jaxgen.nn.attention import plain_attention
-from jaxgen.nn.module import Params, dtype_of, init_params, logical_axes
+from jaxgen.nn.module import Params, dtype_of
 from jaxgen.text.features import TextFeatures
 
 
@@ -60,8 +55,6 @@ class OneStep(Flow):
     whole_share: float = 0.1  # of steps to the end, r = 0; for the others r is uniform in [0, t]
     loss_power: float = 0.5  # a picture's loss e counts e / (e + loss_offset)^loss_power; 0 is the squared error
     loss_offset: float = 1e-3
-    adversary: Gan | None = None  # whose discriminator judges what one step draws; its generator is not made
-    adversary_weight: float = 0.1  # of its opinion, beside the flow's loss
 
     def validate(self) -> None:
         super().validate()
@@ -73,26 +66,10 @@ class OneStep(Flow):
             raise UserError(f"family.equal_share + family.whole_share = {self.equal_share + self.whole_share} exceeds 1")
         if not 0 <= self.loss_power <= 1 or self.loss_offset <= 0:
             raise UserError("family.loss_power lies in [0, 1] and family.loss_offset is positive")
-        if self.adversary_weight < 0:
-            raise UserError(f"family.adversary_weight={self.adversary_weight} is a weight: it cannot be negative")
 
     @property
-    def groups(self) -> tuple[str, ...]:  # ty: ignore[incompatible-property-override]
-        return ("generator",) if self.adversary is None else ("discriminator", "generator")
-
-    def init(self, key: jax.Array, shapes: Shapes) -> Params:
-        params = super().init(key, shapes)
-        if self.adversary is None:
-            return params
-        inner = self._inner(shapes)
-        self.adversary.network.check_image(inner.image)
-        return params | {"discriminator": init_params(self.adversary.build("discriminator", inner), jax.random.fold_in(key, 1))}
-
-    def logical_axes(self, shapes: Shapes) -> Params:
-        axes = super().logical_axes(shapes)
-        if self.adversary is None:
-            return axes
-        return axes | {"discriminator": logical_axes(self.adversary.build("discriminator", self._inner(shapes)))}
+    def _guided(self) -> bool:
+        return self.guidance != (1.0, 1.0)
 
     def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         image, text = self.clean(frozen, batch, key), batch["text"]
@@ -104,32 +81,23 @@ class OneStep(Flow):
         if self.teacher_flow is None:
             dropped = jax.random.uniform(null_key, t.shape) < self.null_share
             scale = jnp.where(dropped, 1.0, scale)
-            text = jax.tree.map(lambda a, b: jnp.where(_wide(dropped, a), b, a), text, _no_text(text))
-        at, length = _wide(t, image), _wide(s, image)
+            text = jax.tree.map(lambda a, b: jnp.where(wide(dropped, a), b, a), text, _no_text(text))
+        at, length = wide(t, image), wide(s, image)
         x_t = (1 - at) * image + at * jax.random.normal(noise_key, image.shape, jnp.float32)
         here, target = jax.lax.stop_gradient(self._velocity_and_target(params, frozen, image, x_t, t, scale, text))
 
-        def predict(x: jax.Array, times: jax.Array) -> jax.Array:
-            return self._predict(params, x, times, text, dropout_key)
+        def predict(x: jax.Array, told: jax.Array) -> jax.Array:
+            return self._predict(params, x, told, text, dropout_key)
 
         # t times the movement along the path: of x_t, and of t, t - r and the guidance.
         moves = x_t - here, jnp.stack([t, t, 0 * t], axis=-1)
         with plain_attention():
-            clean, along = jax.jvp(predict, (x_t, _times(t, s, scale)), moves)
+            clean, along = jax.jvp(predict, (x_t, times(t, s, scale)), moves)
         right = clean + jax.lax.stop_gradient(length * (along - clean + here))
         error = jnp.mean(jnp.square(right - target), axis=(1, 2, 3))
         weighed = error / jnp.square(jnp.maximum(t, self.loss_min_time))
         loss = weighed * jax.lax.stop_gradient((weighed + self.loss_offset) ** -self.loss_power)
-        total, metrics = jnp.mean(loss), {"clean_mse": jnp.mean(error)}
-        if self.adversary is None:
-            return {"generator": (total, metrics)}
-        begin_key, *keys = jax.random.split(jax.random.fold_in(key, 4), 3)
-        begin, one = jax.random.normal(begin_key, image.shape, jnp.float32), jnp.ones_like(t)
-        drawn = self._predict(params, begin, _times(one, one, scale), text, dropout_key)
-        contest = self.adversary.contest(params["discriminator"], image, drawn, text, keys)
-        opinion = contest["generator"][0]
-        metrics["opinion"] = opinion
-        return contest | {"generator": (total + self.adversary_weight * opinion, metrics)}
+        return {"generator": (jnp.mean(loss), {"clean_mse": jnp.mean(error)})}
 
     def _velocity_and_target(
         self,
@@ -142,22 +110,26 @@ class OneStep(Flow):
         text: TextFeatures,
     ) -> tuple[jax.Array, jax.Array]:
         """Clean pictures that give the guided velocity at x_t, and the loss's target."""
-        guided = self.guidance != (1.0, 1.0)
-        w = _wide(scale, image)
         if self.teacher_flow is not None:
-            dtype = dtype_of(params["generator"])
-            weights = jax.tree.map(lambda p: p.astype(dtype), frozen["teacher"])
-            clean = self.teacher_flow._predict(weights, x_t, t, text)
-            if guided:
-                null = _null_text(frozen["null_text"], text, self.teacher)
-                without = self.teacher_flow._predict(weights, x_t, t, null)
-                clean = without + w * (clean - without)
+            clean = self._taught(frozen, x_t, t, scale, text, dtype_of(params["generator"]))
             return clean, clean
-        own = self._predict(params, x_t, _times(t, 0.0 * t, scale), text)
-        if not guided:
+        own = self._predict(params, x_t, times(t, 0.0 * t, scale), text)
+        if not self._guided:
             return own, image
-        without = self._predict(params, x_t, _times(t, 0.0 * t, jnp.ones_like(t)), _no_text(text))
-        return own, image + (1.0 - 1.0 / w) * (own - without)
+        without = self._predict(params, x_t, times(t, 0.0 * t, jnp.ones_like(t)), _no_text(text))
+        return own, image + (1.0 - 1.0 / wide(scale, image)) * (own - without)
+
+    def _taught(
+        self, frozen: Params, x_t: jax.Array, t: jax.Array, scale: jax.Array, text: TextFeatures, dtype: Any
+    ) -> jax.Array:
+        """The teacher's clean pictures at x_t, guided by `scale` [B]."""
+        assert self.teacher_flow is not None
+        weights = jax.tree.map(lambda p: p.astype(dtype), frozen["teacher"])
+        clean = self.teacher_flow._predict(weights, x_t, t, text)
+        if not self._guided:
+            return clean
+        without = self.teacher_flow._predict(weights, x_t, t, _null_text(frozen["null_text"], text, self.teacher))
+        return without + wide(scale, x_t) * (clean - without)
 
     def draw_lengths(self, key: jax.Array, count: int) -> jax.Array:
         """float32 [count]: (t - r) / t, of which equal_share are 0 and whole_share 1, the rest uniform between."""
@@ -174,20 +146,16 @@ class OneStep(Flow):
         def step(i: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             t, after = (self._time(j, settings) for j in (i, i + 1))
             s = 1.0 - after / t
-            times = [jnp.full(x.shape[:1], a) for a in (t, s, scale)]
-            clean = self._predict(params, x, _times(*times), text)
+            told = times(*(jnp.full(x.shape[:1], a) for a in (t, s, scale)))
+            clean = self._predict(params, x, told, text)
             return x + s * (clean - x), clean
 
         return step
 
     def train_flops(self, shapes: Shapes, tokens: int) -> float:
         """The target's passes, then forward with its derivative (of like cost) and backward."""
-        guided = self.guidance != (1.0, 1.0)
         of_target = self if self.teacher_flow is None else self.teacher_flow
-        total = 4.0 * self.flops(shapes, tokens) + (1.0 + guided) * of_target.flops(shapes, tokens)
-        if self.adversary is None:
-            return total
-        return total + 3.0 * self.flops(shapes, tokens) + self.adversary.contest_flops(self._inner(shapes), tokens)
+        return 4.0 * self.flops(shapes, tokens) + (1.0 + self._guided) * of_target.flops(shapes, tokens)
 
     def resolve(self) -> Self:
         resolved = super().resolve()
@@ -205,7 +173,7 @@ class OneStep(Flow):
         return dataclasses.replace(resolved, teacher_flow=config.family)
 
     def to_draw(self) -> Self:
-        return dataclasses.replace(super().to_draw(), teacher_flow=None, adversary=None)
+        return dataclasses.replace(super().to_draw(), teacher_flow=None)
 
     def init_frozen(self, shapes: Shapes) -> Params:
         frozen = super().init_frozen(shapes)
@@ -235,7 +203,7 @@ class OneStep(Flow):
     ) -> jax.Array:
         """x̂, float32 [B, H, W, C], for t [B, 3] as `_times` makes it."""
         seen = super()._predict(params, x, t, text, key)
-        return x + _wide(jnp.minimum(t[:, 0] / MIN_TIME, 1.0), x) * (seen - x)
+        return x + wide(jnp.minimum(t[:, 0] / MIN_TIME, 1.0), x) * (seen - x)
 
     def _build(self, shapes: Shapes):
         plain = super()._build(shapes)
@@ -248,12 +216,12 @@ class OneStep(Flow):
         return build
 
 
-def _times(t: jax.Array, s: jax.Array, scale: jax.Array) -> jax.Array:
+def times(t: jax.Array, s: jax.Array, scale: jax.Array) -> jax.Array:
     """[B, 3], what the network is told: t, t - r, and 1 - 1 / scale, each in [0, 1]."""
     return jnp.stack([t, s * t, 1.0 - 1.0 / scale], axis=-1)
 
 
-def _wide(a: jax.Array, like: jax.Array) -> jax.Array:
+def wide(a: jax.Array, like: jax.Array) -> jax.Array:
     """[B] -> [B, 1, ...] with as many axes as `like`."""
     return a.reshape(-1, *[1] * (like.ndim - 1))
 

@@ -15,7 +15,7 @@ import pytest
 
 from jaxgen import config as configs
 from jaxgen.errors import UserError
-from jaxgen.families import DDPM, Autoencoder, Autoregressive, Family, Flow, Gan, OneStep, Vae
+from jaxgen.families import DDPM, DMD, Autoencoder, Autoregressive, Family, Flow, Gan, OneStep, Vae
 from jaxgen.families.autoencoder import KL, Convolutional
 from jaxgen.families.base import SampleSettings, Shapes, served
 from jaxgen.families.codec import Pretrained
@@ -53,6 +53,7 @@ FAMILIES = {
     "flow": Flow(network=UNET, codec=Pretrained("somewhere", Convolutional(**CODE, bottleneck=KL(3)))),
     "ddpm": DDPM(network=UNET),
     "onestep": OneStep(network=UNET, teacher="somewhere", teacher_flow=Flow(network=UNET)),
+    "dmd": DMD(network=UNET, teacher="somewhere", teacher_flow=Flow(network=UNET), score_rate=1.0),
     "gan": Gan(network=RESIDUAL, penalty_every=2),
     "vae": Vae(network=LADDER),
     "raster": Autoregressive(Pretrained("somewhere", Convolutional(**CODE, patch=4, bottleneck=FSQ((3, 3)))), TOKENS),

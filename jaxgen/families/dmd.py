@@ -1,0 +1,152 @@
+"""Distribution matching distillation: one step draws what a trained flow takes for likely at every level of noise.
+
+What one step has drawn is made noisy, x_t = (1 - t) x̂ + t noise, and shown to two flows: the teacher, guided, and the `score`,
+which is always learning what is drawn. Their clean pictures differ by the way from what is drawn towards what the teacher would
+draw, which is the gradient of the divergence KL(drawn || teacher's) at this noise (Yin et al., arXiv 2311.18828). That asks for
+a likely picture, where a squared error between two likely ones asks for the mean of both. No pictures of the teacher's are made
+beforehand, and no real ones are looked at (arXiv 2405.14867).
+
+The network is OneStep's, best begun with the weights of one trained as such (train.init_from). The score is what is added to
+the teacher's weights, nothing at first."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen.config import register
+from jaxgen.errors import UserError
+from jaxgen.families.base import Losses, SampleSettings, Shapes, circle, noise
+from jaxgen.families.onestep import OneStep, times, wide
+from jaxgen.nn.module import Params, dtype_of
+from jaxgen.text.features import TextFeatures
+
+
+@register("dmd")
+@dataclass(frozen=True)
+class DMD(OneStep):
+    """A picture is one pass, whatever num_steps is. Of OneStep's fields those that say how it learns count only where
+    `flow_weight` does."""
+
+    groups: ClassVar = ("score", "generator")
+    samplers: ClassVar = ("direct",)
+
+    renoise: tuple[float, float] = (0.02, 0.98)  # the range of t, uniform, at which the two are compared
+    score_rate: float = 5.0  # how many times faster than the generator the score learns, which is to be ahead of it
+    flow_weight: float = 0.0  # of OneStep's own loss beside it
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.teacher:
+            raise UserError("family.teacher: distribution matching distils a flow; name a run, an exported one or `flow`")
+        if not 0 < self.renoise[0] < self.renoise[1] <= 1:
+            raise UserError(f"family.renoise={self.renoise} must be a range within 0 to 1")
+        if self.flow_weight < 0 or self.score_rate <= 0:
+            raise UserError("family.flow_weight cannot be negative, and family.score_rate is positive")
+
+    def init(self, key: jax.Array, shapes: Shapes) -> Params:
+        params, teacher = super().init(key, shapes), self.teacher_flow
+        if teacher is None:  # as it draws
+            return params
+        like = jax.eval_shape(lambda: teacher.init(key, shapes)["generator"])
+        return params | {"score": jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), like)}
+
+    def logical_axes(self, shapes: Shapes) -> Params:
+        assert self.teacher_flow is not None
+        return super().logical_axes(shapes) | {"score": self.teacher_flow.logical_axes(shapes)["generator"]}
+
+    def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
+        """See Family.losses. Both groups are given the same drawn pictures, so that one step need draw them only once."""
+        text, shape = batch["text"], self.clean(frozen, batch, key).shape
+        begin_key, scale_key, dropout_key, match_key, score_key = jax.random.split(jax.random.fold_in(key, 5), 5)
+        scale = jax.random.uniform(scale_key, shape[:1], minval=self.guidance[0], maxval=self.guidance[1])
+        begin, whole = jax.random.normal(begin_key, shape, jnp.float32), jnp.ones_like(scale)
+        drawn = self._predict(params, begin, times(whole, whole, scale), text, dropout_key)
+        still = jax.lax.stop_gradient(drawn)
+        loss, metrics = self._match(params, frozen, drawn, scale, text, match_key)
+        if self.flow_weight:
+            own, more = super().losses(params, frozen, batch, key)["generator"]
+            loss, metrics = loss + self.flow_weight * own, metrics | more
+        return {"score": self._learn_score(params, frozen, still, text, score_key), "generator": (loss, metrics)}
+
+    def _match(
+        self, params: Params, frozen: Params, drawn: jax.Array, scale: jax.Array, text: TextFeatures, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """A loss whose gradient moves the drawn pictures from where the score has them to where the teacher has them."""
+        time_key, noise_key = jax.random.split(key)
+        t = jax.random.uniform(time_key, scale.shape, minval=self.renoise[0], maxval=self.renoise[1])
+        x_t = _noisy(jax.lax.stop_gradient(drawn), t, noise_key)
+        theirs = self._taught(frozen, x_t, t, scale, text, dtype_of(params["generator"]))
+        ours = self._score(params, frozen, x_t, t, text)
+        # Relative to how far the teacher is from the picture, so that all levels of noise count alike.
+        away = jnp.mean(jnp.abs(drawn - theirs), axis=(1, 2, 3), keepdims=True)
+        pull = (ours - theirs) / jnp.maximum(away, 1e-3)
+        goal = jax.lax.stop_gradient(drawn - pull)
+        return 0.5 * jnp.mean(jnp.square(drawn - goal)), {"apart": jnp.mean(jnp.abs(ours - theirs))}
+
+    def _learn_score(
+        self, params: Params, frozen: Params, drawn: jax.Array, text: TextFeatures, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Flow's loss with what was drawn in the place of pictures."""
+        assert self.teacher_flow is not None
+        time_key, noise_key = jax.random.split(key)
+        t = self.teacher_flow.draw_times(time_key, len(drawn))
+        clean = self._score(params, frozen, _noisy(drawn, t, noise_key), t, text)
+        error = jnp.mean(jnp.square(clean - drawn), axis=(1, 2, 3))
+        return jnp.mean(error / jnp.square(jnp.maximum(t, self.loss_min_time))), {"clean_mse": jnp.mean(error)}
+
+    def _score(self, params: Params, frozen: Params, x_t: jax.Array, t: jax.Array, text: TextFeatures) -> jax.Array:
+        """The score's clean pictures at x_t."""
+        assert self.teacher_flow is not None
+        # Optimizers' steps are of one size whatever the gradient's is, so that a factor here is one of the rate.
+        add = lambda a, b: a.astype(b.dtype) + self.score_rate * b  # noqa: E731
+        weights = jax.tree.map(add, frozen["teacher"]["generator"], params["score"])
+        return self.teacher_flow._predict({"generator": weights}, x_t, t, text)
+
+    def sample(
+        self,
+        params: Params,
+        frozen: Params,
+        text: TextFeatures,
+        null_text: TextFeatures,
+        key: jax.Array,
+        settings: SampleSettings,
+    ) -> jax.Array:
+        """uint8 [B, H, W, C]; see Family.sample. One pass: num_steps means nothing here."""
+        return self._from(params, frozen, text, settings, noise(key, self._latent(settings.image)))
+
+    def trace(
+        self,
+        params: Params,
+        frozen: Params,
+        text: TextFeatures,
+        null_text: TextFeatures,
+        key: jax.Array,
+        settings: SampleSettings,
+        frames: int,
+    ) -> jax.Array:
+        """uint8 [frames, B, H, W, C]: the noise goes once round a circle through that of `sample`, where it ends."""
+        shape = self._latent(settings.image)
+        own, other = noise(key, shape), noise(jax.vmap(lambda k: jax.random.fold_in(k, 1))(key), shape)
+        frame = lambda a: self._from(params, frozen, text, settings, jnp.cos(a) * own + jnp.sin(a) * other)  # noqa: E731
+        return jax.lax.map(frame, circle(frames))
+
+    def _from(
+        self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
+    ) -> jax.Array:
+        """uint8 [B, H, W, C]: what one step makes of the noise `begin`."""
+        step = self._stepper(params, text, text, dataclasses.replace(settings, num_steps=1))
+        return self._picture(frozen, step(jnp.int32(0), begin)[0])
+
+    def train_flops(self, shapes: Shapes, tokens: int) -> float:
+        """Drawing with its backward pass, the teacher, the score compared, and the score learning."""
+        assert self.teacher_flow is not None
+        total = 3.0 * self.flops(shapes, tokens) + (5.0 + self._guided) * self.teacher_flow.flops(shapes, tokens)
+        return total + bool(self.flow_weight) * super().train_flops(shapes, tokens)
+
+
+def _noisy(x: jax.Array, t: jax.Array, key: jax.Array) -> jax.Array:
+    at = wide(t, x)
+    return (1 - at) * x + at * jax.random.normal(key, x.shape, jnp.float32)
