@@ -16,16 +16,30 @@ Params = dict[str, Any]
 Build = Callable[[nnx.Rngs], nnx.Module]
 
 
+class Keys:
+    """What nnx.Rngs(params=key) is to `param`, the same keys: that one keeps its count in a variable, which takes longer under
+    a trace than all the rest of making a module. Without a key parameters have shapes alone."""
+
+    def __init__(self, key: jax.Array | None = None):
+        self.key, self.count = key, -1
+
+    def params(self) -> jax.Array | None:
+        self.count += 1
+        return None if self.key is None else jax.random.fold_in(self.key, self.count)
+
+
 def param(init: Callable[..., jax.Array], rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
     """A float32 parameter whose dimensions carry logical axis names (parallel/mesh.py says what they map to)."""
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {shape} needs {len(shape)} axis names, got {axes}")
-    return nnx.Param(init(rngs.params(), shape), axes=axes)
+    key: Any = rngs.params()
+    return nnx.Param(jax.ShapeDtypeStruct(shape, np.float32) if key is None else init(key, shape), axes=axes)
 
 
 def init_params(build: Build, key: jax.Array) -> Params:
     """Fresh parameters of the module that `build` makes; pure, so it can be jitted with output shardings."""
-    state = nnx.state(build(nnx.Rngs(params=key)), nnx.Param)
+    keys: Any = Keys(key)
+    state = nnx.state(build(keys), nnx.Param)
     return nested((path, variable[...]) for path, variable in _flat(state))
 
 
@@ -97,4 +111,5 @@ def _flat(state: nnx.State) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _abstract(build: Build) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=0))), nnx.Param)
+    shapes: Any = Keys()
+    return nnx.split(build(shapes), nnx.Param)
