@@ -52,6 +52,12 @@ FAMILIES = {
         "flow",
         ("family.teacher", "train.init_from"),
     ),
+    "dmd": Entry(
+        "scenes_dmd",
+        ("family.network.up=2,2", "family.network.refiner=2"),
+        "flow",
+        ("family.teacher", "train.init_from"),
+    ),
     "autoregressive": Entry(
         "scenes_ar", ("family.network.width=128", "family.network.depth=8"), "tokenizer", ("family.codec.source",)
     ),
