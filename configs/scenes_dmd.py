@@ -2,8 +2,8 @@
 
     uv run train.py --config=configs/scenes_dmd.py
 
-The whole of it is not yet measured. With --config.train.steps=3800, on one CPU core beside a busy one, 2 h 9 min (its first 1,036
-steps at half this rate): 43.2% of `test` drawn exactly in one pass (1,000 captions, three seeds), colours right in 94.4%.
+The whole of it is not yet measured. With --config.train.steps=3800, on one CPU core beside a busy one, 2 h 9 min (the first
+1,036 steps at half this rate): 43.2% of `test` drawn exactly in one pass (1,000 captions, three seeds), colours right in 94.4%.
 """
 
 from jaxgen.data.config import DataConfig
