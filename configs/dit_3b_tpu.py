@@ -3,8 +3,8 @@
     python train.py --config=configs/dit_3b_tpu.py --workdir=gs://BUCKET/dit_3b --config.data.dir=gs://BUCKET/data
 
 Nobody has run it: it is meant as the place to start from, with a larger set of pictures than COCO's. Planned for v5e:16x16
-(256 chips, bfloat16, train.batch_size=8192, 32 pictures a chip; docs/scaling.md): 9.2 GiB of 16 a chip, 1,410 ms a step, 50.4% MFU,
-no all-to-all.
+(256 chips, bfloat16, train.batch_size=8192, 32 pictures a chip; docs/scaling.md): 9.2 GiB of 16 a chip, 1,410 ms a step,
+50.4% MFU, no all-to-all.
 """
 
 from jaxgen.data.config import DataConfig
