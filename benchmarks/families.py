@@ -44,20 +44,12 @@ class Entry(NamedTuple):
     named: tuple[str, ...] = ()  # fields that say where that one lies
 
 
+# Of a flow: the teacher's own network, what is trained before it, and where that one lies.
+PUPIL = ("family.network.up=2,2", "family.network.refiner=2"), "flow", ("family.teacher", "train.init_from")
 FAMILIES = {
     "flow": Entry("scenes"),
-    "onestep": Entry(
-        "scenes_onestep",
-        ("family.network.up=2,2", "family.network.refiner=2"),  # the teacher's own
-        "flow",
-        ("family.teacher", "train.init_from"),
-    ),
-    "dmd": Entry(
-        "scenes_dmd",
-        ("family.network.up=2,2", "family.network.refiner=2"),
-        "flow",
-        ("family.teacher", "train.init_from"),
-    ),
+    "onestep": Entry("scenes_onestep", *PUPIL),
+    "dmd": Entry("scenes_dmd", *PUPIL),
     "autoregressive": Entry(
         "scenes_ar", ("family.network.width=128", "family.network.depth=8"), "tokenizer", ("family.codec.source",)
     ),

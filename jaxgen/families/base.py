@@ -1,6 +1,6 @@
 """What every family of generators offers; nothing outside this room asks which family it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -167,6 +167,12 @@ def to_uint8(image: jax.Array) -> jax.Array:
 def circle(frames: int) -> jax.Array:
     """float32 [frames]: angles once round, evenly, of which 0 is the last: for a trace that ends where it began."""
     return 2 * jnp.pi / frames * (jnp.arange(frames) + 1 - frames)
+
+
+def around(draw: Callable[[jax.Array], jax.Array], key: jax.Array, shape: tuple[int, ...], frames: int) -> jax.Array:
+    """[frames, ...]: `draw` of noise that goes once round a circle through that of `key`, where it ends."""
+    own, other = noise(key, shape), noise(jax.vmap(lambda k: jax.random.fold_in(k, 1))(key), shape)
+    return jax.lax.map(lambda angle: draw(jnp.cos(angle) * own + jnp.sin(angle) * other), circle(frames))
 
 
 def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

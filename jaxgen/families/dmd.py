@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from jaxgen.config import register
 from jaxgen.errors import UserError
-from jaxgen.families.base import Losses, SampleSettings, Shapes, circle, noise
-from jaxgen.families.onestep import OneStep, times, wide
+from jaxgen.families.base import Losses, SampleSettings, Shapes, around, noise
+from jaxgen.families.flow import noisy
+from jaxgen.families.onestep import OneStep, times
 from jaxgen.nn.module import Params, dtype_of
 from jaxgen.text.features import TextFeatures
 
@@ -59,51 +60,42 @@ class DMD(OneStep):
 
     def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         """See Family.losses. Both groups are given the same drawn pictures, so that one step need draw them only once."""
+        assert self.teacher_flow is not None
         text, shape = batch["text"], self.clean(frozen, batch, key).shape
         begin_key, scale_key, dropout_key, match_key, score_key = jax.random.split(jax.random.fold_in(key, 5), 5)
         scale = jax.random.uniform(scale_key, shape[:1], minval=self.guidance[0], maxval=self.guidance[1])
         begin, whole = jax.random.normal(begin_key, shape, jnp.float32), jnp.ones_like(scale)
         drawn = self._predict(params, begin, times(whole, whole, scale), text, dropout_key)
-        still = jax.lax.stop_gradient(drawn)
         loss, metrics = self._match(params, frozen, drawn, scale, text, match_key)
         if self.flow_weight:
             own, more = super().losses(params, frozen, batch, key)["generator"]
             loss, metrics = loss + self.flow_weight * own, metrics | more
-        return {"score": self._learn_score(params, frozen, still, text, score_key), "generator": (loss, metrics)}
+        still = jax.lax.stop_gradient(drawn)
+        seen = {"image": still, "latent": still, "text": text}  # in the place of pictures
+        score = self.teacher_flow.losses(self._score(params, frozen), frozen, seen, score_key)["generator"]
+        return {"score": score, "generator": (loss, metrics)}
 
     def _match(
         self, params: Params, frozen: Params, drawn: jax.Array, scale: jax.Array, text: TextFeatures, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """A loss whose gradient moves the drawn pictures from where the score has them to where the teacher has them."""
+        assert self.teacher_flow is not None
         time_key, noise_key = jax.random.split(key)
         t = jax.random.uniform(time_key, scale.shape, minval=self.renoise[0], maxval=self.renoise[1])
-        x_t = _noisy(jax.lax.stop_gradient(drawn), t, noise_key)
+        x_t = noisy(jax.lax.stop_gradient(drawn), t, noise_key)
         theirs = self._taught(frozen, x_t, t, scale, text, dtype_of(params["generator"]))
-        ours = self._score(params, frozen, x_t, t, text)
+        ours = self.teacher_flow._predict(self._score(params, frozen), x_t, t, text)
         # Relative to how far the teacher is from the picture, so that all levels of noise count alike.
         away = jnp.mean(jnp.abs(drawn - theirs), axis=(1, 2, 3), keepdims=True)
         pull = (ours - theirs) / jnp.maximum(away, 1e-3)
         goal = jax.lax.stop_gradient(drawn - pull)
         return 0.5 * jnp.mean(jnp.square(drawn - goal)), {"apart": jnp.mean(jnp.abs(ours - theirs))}
 
-    def _learn_score(
-        self, params: Params, frozen: Params, drawn: jax.Array, text: TextFeatures, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Flow's loss with what was drawn in the place of pictures."""
-        assert self.teacher_flow is not None
-        time_key, noise_key = jax.random.split(key)
-        t = self.teacher_flow.draw_times(time_key, len(drawn))
-        clean = self._score(params, frozen, _noisy(drawn, t, noise_key), t, text)
-        error = jnp.mean(jnp.square(clean - drawn), axis=(1, 2, 3))
-        return jnp.mean(error / jnp.square(jnp.maximum(t, self.loss_min_time))), {"clean_mse": jnp.mean(error)}
-
-    def _score(self, params: Params, frozen: Params, x_t: jax.Array, t: jax.Array, text: TextFeatures) -> jax.Array:
-        """The score's clean pictures at x_t."""
-        assert self.teacher_flow is not None
+    def _score(self, params: Params, frozen: Params) -> Params:
+        """The score's weights, a Flow's of the teacher's kind."""
         # Optimizers' steps are of one size whatever the gradient's is, so that a factor here is one of the rate.
         add = lambda a, b: a.astype(b.dtype) + self.score_rate * b  # noqa: E731
-        weights = jax.tree.map(add, frozen["teacher"]["generator"], params["score"])
-        return self.teacher_flow._predict({"generator": weights}, x_t, t, text)
+        return {"generator": jax.tree.map(add, frozen["teacher"]["generator"], params["score"])}
 
     def sample(
         self,
@@ -128,10 +120,8 @@ class DMD(OneStep):
         frames: int,
     ) -> jax.Array:
         """uint8 [frames, B, H, W, C]: the noise goes once round a circle through that of `sample`, where it ends."""
-        shape = self._latent(settings.image)
-        own, other = noise(key, shape), noise(jax.vmap(lambda k: jax.random.fold_in(k, 1))(key), shape)
-        frame = lambda a: self._from(params, frozen, text, settings, jnp.cos(a) * own + jnp.sin(a) * other)  # noqa: E731
-        return jax.lax.map(frame, circle(frames))
+        draw = lambda begin: self._from(params, frozen, text, settings, begin)  # noqa: E731
+        return around(draw, key, self._latent(settings.image), frames)
 
     def _from(
         self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
@@ -145,8 +135,3 @@ class DMD(OneStep):
         assert self.teacher_flow is not None
         total = 3.0 * self.flops(shapes, tokens) + (5.0 + self._guided) * self.teacher_flow.flops(shapes, tokens)
         return total + bool(self.flow_weight) * super().train_flops(shapes, tokens)
-
-
-def _noisy(x: jax.Array, t: jax.Array, key: jax.Array) -> jax.Array:
-    at = wide(t, x)
-    return (1 - at) * x + at * jax.random.normal(key, x.shape, jnp.float32)

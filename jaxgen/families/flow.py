@@ -64,9 +64,7 @@ class Flow(Family):
         image, text = self.clean(frozen, batch, key), batch["text"]
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         t = self.draw_times(time_key, image.shape[0])
-        at = t[:, None, None, None]
-        x_t = (1 - at) * image + at * jax.random.normal(noise_key, image.shape, jnp.float32)
-        clean = self._predict(params, x_t, t, text, dropout_key)
+        clean = self._predict(params, noisy(image, t, noise_key), t, text, dropout_key)
         error = jnp.mean(jnp.square(clean - image), axis=(1, 2, 3))
         weight = 1.0 / jnp.square(jnp.maximum(t, self.loss_min_time))
         return {"generator": (jnp.mean(error * weight), {"clean_mse": jnp.mean(error)})}
@@ -181,3 +179,9 @@ class Flow(Family):
         """The clean picture, float32 [B, H, W, C], computed in the parameters' dtype."""
         network: Any = bind(self._build(Shapes.of(x.shape[1:], text)), params["generator"])
         return network(x.astype(dtype_of(params["generator"])), t, text, key).astype(jnp.float32)
+
+
+def noisy(x: jax.Array, t: jax.Array, key: jax.Array) -> jax.Array:
+    """x_t [B, H, W, C] of pictures x at times t [B]."""
+    at = t[:, None, None, None]
+    return (1 - at) * x + at * jax.random.normal(key, x.shape, jnp.float32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.augment import Augmentation, augment
-from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, circle, noise, to_uint8
+from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, around, noise, to_uint8
 from jaxgen.families.gan_networks import DCGAN, Residual
 from jaxgen.nn.module import Params, bind, dtype_of, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
@@ -161,14 +161,11 @@ class Gan(Family):
         frames: int,
     ) -> jax.Array:
         """uint8 [frames, B, H, W, C]: the noise goes once round a circle through that of `sample`, where it ends."""
-        own = noise(key, (self.network.noise,))
-        other = noise(jax.vmap(lambda k: jax.random.fold_in(k, 1))(key), (self.network.noise,))
 
-        def frame(angle: jax.Array) -> jax.Array:
-            latent = settings.temperature * (jnp.cos(angle) * own + jnp.sin(angle) * other)
-            return to_uint8(self._generate(params, latent, text, settings.image))
+        def draw(begin: jax.Array) -> jax.Array:
+            return to_uint8(self._generate(params, settings.temperature * begin, text, settings.image))
 
-        return jax.lax.map(frame, circle(frames))
+        return around(draw, key, (self.network.noise,), frames)
 
     def flops(self, shapes: Shapes, tokens: int) -> float:
         return self.network.flops(shapes, tokens).draw

@@ -32,7 +32,7 @@ import numpy as np
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses, SampleSettings, Shapes
-from jaxgen.families.flow import MIN_TIME, Flow
+from jaxgen.families.flow import MIN_TIME, Flow, noisy
 from jaxgen.families.steps import Step
 from jaxgen.nn.attention import plain_attention
 from jaxgen.nn.module import Params, dtype_of
@@ -81,9 +81,8 @@ class OneStep(Flow):
         if self.teacher_flow is None:
             dropped = jax.random.uniform(null_key, t.shape) < self.null_share
             scale = jnp.where(dropped, 1.0, scale)
-            text = jax.tree.map(lambda a, b: jnp.where(wide(dropped, a), b, a), text, _no_text(text))
-        at, length = wide(t, image), wide(s, image)
-        x_t = (1 - at) * image + at * jax.random.normal(noise_key, image.shape, jnp.float32)
+            text = jax.tree.map(lambda a, b: jnp.where(_wide(dropped, a), b, a), text, _no_text(text))
+        x_t, length = noisy(image, t, noise_key), _wide(s, image)
         here, target = jax.lax.stop_gradient(self._velocity_and_target(params, frozen, image, x_t, t, scale, text))
 
         def predict(x: jax.Array, told: jax.Array) -> jax.Array:
@@ -117,7 +116,7 @@ class OneStep(Flow):
         if not self._guided:
             return own, image
         without = self._predict(params, x_t, times(t, 0.0 * t, jnp.ones_like(t)), _no_text(text))
-        return own, image + (1.0 - 1.0 / wide(scale, image)) * (own - without)
+        return own, image + (1.0 - 1.0 / _wide(scale, image)) * (own - without)
 
     def _taught(
         self, frozen: Params, x_t: jax.Array, t: jax.Array, scale: jax.Array, text: TextFeatures, dtype: Any
@@ -129,7 +128,7 @@ class OneStep(Flow):
         if not self._guided:
             return clean
         without = self.teacher_flow._predict(weights, x_t, t, _null_text(frozen["null_text"], text, self.teacher))
-        return without + wide(scale, x_t) * (clean - without)
+        return without + _wide(scale, x_t) * (clean - without)
 
     def draw_lengths(self, key: jax.Array, count: int) -> jax.Array:
         """float32 [count]: (t - r) / t, of which equal_share are 0 and whole_share 1, the rest uniform between."""
@@ -201,9 +200,9 @@ class OneStep(Flow):
     def _predict(
         self, params: Params, x: jax.Array, t: jax.Array, text: TextFeatures, key: jax.Array | None = None
     ) -> jax.Array:
-        """x̂, float32 [B, H, W, C], for t [B, 3] as `_times` makes it."""
+        """x̂, float32 [B, H, W, C], for t [B, 3] as `times` makes it."""
         seen = super()._predict(params, x, t, text, key)
-        return x + wide(jnp.minimum(t[:, 0] / MIN_TIME, 1.0), x) * (seen - x)
+        return x + _wide(jnp.minimum(t[:, 0] / MIN_TIME, 1.0), x) * (seen - x)
 
     def _build(self, shapes: Shapes):
         plain = super()._build(shapes)
@@ -221,7 +220,7 @@ def times(t: jax.Array, s: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.stack([t, s * t, 1.0 - 1.0 / scale], axis=-1)
 
 
-def wide(a: jax.Array, like: jax.Array) -> jax.Array:
+def _wide(a: jax.Array, like: jax.Array) -> jax.Array:
     """[B] -> [B, 1, ...] with as many axes as `like`."""
     return a.reshape(-1, *[1] * (like.ndim - 1))
 

@@ -59,9 +59,8 @@ def test_the_generators_gradient_is_the_way_from_the_score_to_the_guided_teacher
 
 
 def test_the_score_learns_what_is_drawn_as_a_flow_learns_pictures():
-    family = known(
-        lambda w, x, t, d, g: 0 * x + w[0], lambda w, x, t, yes: w[0] * x + w[1] * t, loss_min_time=0.3, score_rate=2.0
-    )
+    family = known(lambda w, x, t, d, g: 0 * x + w[0], lambda w, x, t, yes: w[0] * x + w[1] * t, score_rate=2.0)
+    family = dataclasses.replace(family, teacher_flow=dataclasses.replace(family.teacher_flow, loss_min_time=0.3))
     params = {"generator": weights(0.25, 0.0), "score": weights(0.15, -0.1)}
     frozen = {"teacher": {"generator": weights(0.4, 0.5)}, "null_text": null_text()}
     seen = []
