@@ -6,7 +6,7 @@ draw, which is the gradient of the divergence KL(drawn || teacher's) at this noi
 a likely picture, where a squared error between two likely ones asks for the mean of both. No pictures of the teacher's are made
 beforehand, and no real ones are looked at (arXiv 2405.14867).
 
-The network is OneStep's, best begun with the weights of one trained as such (train.init_from). The score is what is added to
+The network is a flow map's, of which only the whole step is used. The score is what is added to
 the teacher's weights, nothing at first."""
 
 import dataclasses
@@ -20,23 +20,21 @@ from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses, SampleSettings, Shapes, around, noise
 from jaxgen.families.flow import noisy
-from jaxgen.families.onestep import OneStep, times
+from jaxgen.families.flow_map import FlowMap, times
 from jaxgen.nn.module import Params, dtype_of
 from jaxgen.text.features import TextFeatures
 
 
 @register("dmd")
 @dataclass(frozen=True)
-class DMD(OneStep):
-    """A picture is one pass, whatever num_steps is. Of OneStep's fields those that say how it learns count only where
-    `flow_weight` does."""
+class DMD(FlowMap):
+    """A picture is one pass, whatever num_steps is."""
 
     groups: ClassVar = ("score", "generator")
     samplers: ClassVar = ("direct",)
 
     renoise: tuple[float, float] = (0.02, 0.98)  # the range of t, uniform, at which the two are compared
     score_rate: float = 5.0  # how many times faster than the generator the score learns, which is to be ahead of it
-    flow_weight: float = 0.0  # of OneStep's own loss beside it
 
     def validate(self) -> None:
         super().validate()
@@ -44,8 +42,8 @@ class DMD(OneStep):
             raise UserError("family.teacher: distribution matching distils a flow; name a run, an exported one or `flow`")
         if not 0 < self.renoise[0] < self.renoise[1] <= 1:
             raise UserError(f"family.renoise={self.renoise} must be a range within 0 to 1")
-        if self.flow_weight < 0 or self.score_rate <= 0:
-            raise UserError("family.flow_weight cannot be negative, and family.score_rate is positive")
+        if self.score_rate <= 0:
+            raise UserError("family.score_rate is positive")
 
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
         params, teacher = super().init(key, shapes), self.teacher_flow
@@ -66,14 +64,11 @@ class DMD(OneStep):
         scale = jax.random.uniform(scale_key, shape[:1], minval=self.guidance[0], maxval=self.guidance[1])
         begin, whole = jax.random.normal(begin_key, shape, jnp.float32), jnp.ones_like(scale)
         drawn = self._predict(params, begin, times(whole, whole, scale), text, dropout_key)
-        loss, metrics = self._match(params, frozen, drawn, scale, text, match_key)
-        if self.flow_weight:
-            own, more = super().losses(params, frozen, batch, key)["generator"]
-            loss, metrics = loss + self.flow_weight * own, metrics | more
+        generator = self._match(params, frozen, drawn, scale, text, match_key)
         still = jax.lax.stop_gradient(drawn)
         seen = {"image": still, "latent": still, "text": text}  # in the place of pictures
         score = self.teacher_flow.losses(self._score(params, frozen), frozen, seen, score_key)["generator"]
-        return {"score": score, "generator": (loss, metrics)}
+        return {"score": score, "generator": generator}
 
     def _match(
         self, params: Params, frozen: Params, drawn: jax.Array, scale: jax.Array, text: TextFeatures, key: jax.Array
@@ -133,5 +128,4 @@ class DMD(OneStep):
     def train_flops(self, shapes: Shapes, tokens: int) -> float:
         """Drawing with its backward pass, the teacher, the score compared, and the score learning."""
         assert self.teacher_flow is not None
-        total = 3.0 * self.flops(shapes, tokens) + (5.0 + self._guided) * self.teacher_flow.flops(shapes, tokens)
-        return total + bool(self.flow_weight) * super().train_flops(shapes, tokens)
+        return 3.0 * self.flops(shapes, tokens) + (5.0 + self._guided) * self.teacher_flow.flops(shapes, tokens)

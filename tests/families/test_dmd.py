@@ -11,14 +11,14 @@ from jaxgen.errors import UserError
 from jaxgen.families.base import SampleSettings, Shapes
 from jaxgen.families.dmd import DMD
 from jaxgen.families.flow import Flow
-from jaxgen.families.onestep import OneStep
+from jaxgen.families.flow_map import FlowMap
 from jaxgen.families.unet import UNet
 from jaxgen.nn.module import flatten
 from jaxgen.text.features import TextFeatures
 from jaxgen.train.state import create
 from jaxgen.train.step import make_step
 from tests.families.test_flow import text
-from tests.families.test_onestep import SHAPES, UNET, Known, pictures, random_params
+from tests.families.test_flow_map import SHAPES, UNET, Known, pictures, random_params
 
 TEACHER = Flow(network=UNET)
 STUDENT = DMD(network=UNET, teacher="somewhere", teacher_flow=TEACHER, guidance=(2.0, 2.0))
@@ -113,19 +113,8 @@ def test_at_first_the_score_is_the_teacher_and_only_guidance_pulls():
         assert (own[0] > 1e-5) == apart
 
 
-def test_the_flows_own_loss_can_stand_beside_it():
-    frozen, key = {"teacher": random_params(TEACHER), "null_text": null_text()}, jax.random.key(4)
-    params = random_params(STUDENT)
-    alone = jax.jit(functools.partial(losses_of, STUDENT))(params, frozen, key)["generator"][0]
-    both = jax.jit(functools.partial(losses_of, dataclasses.replace(STUDENT, flow_weight=0.5)))(params, frozen, key)
-    flow = OneStep(**{field.name: getattr(STUDENT, field.name) for field in dataclasses.fields(OneStep)})
-    own = jax.jit(functools.partial(losses_of, flow))(params, frozen, key)["generator"][0]
-    np.testing.assert_allclose(both["generator"][0], alone + 0.5 * own, rtol=1e-5)
-    assert own > 1e-3
-
-
-def test_one_pass_draws_a_one_step_flows_picture_whatever_the_number_of_steps():
-    family, flow = STUDENT.to_draw(), OneStep(network=UNET, guidance=(2.0, 2.0))
+def test_one_pass_draws_a_flow_maps_picture_whatever_the_number_of_steps():
+    family, flow = STUDENT.to_draw(), FlowMap(network=UNET, guidance=(2.0, 2.0))
     params = {"generator": random_params(STUDENT)["generator"]}
     alike = jax.eval_shape(lambda: family.init(jax.random.key(0), SHAPES))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, alike)
@@ -140,8 +129,8 @@ def test_one_pass_draws_a_one_step_flows_picture_whatever_the_number_of_steps():
     assert len(np.unique(one)) > 50
 
 
-def test_fresh_weights_are_the_one_step_flows_so_that_it_can_begin_with_them():
-    flow = OneStep(network=UNET).init(jax.random.key(0), SHAPES)
+def test_fresh_weights_are_a_flow_maps_so_that_it_can_begin_with_them():
+    flow = FlowMap(network=UNET).init(jax.random.key(0), SHAPES)
     ours = STUDENT.init(jax.random.key(0), SHAPES)
     for (name, a), (other, b) in zip(flatten(ours["generator"]), flatten(flow["generator"]), strict=True):
         assert name == other
@@ -171,7 +160,6 @@ def test_train_flops_are_those_xla_counts():
         ({"teacher": ""}, "family.teacher: distribution matching distils"),
         ({"renoise": (0.5, 0.2)}, "family.renoise="),
         ({"renoise": (0.0, 0.5)}, "family.renoise="),
-        ({"flow_weight": -1.0}, "family.flow_weight cannot be negative"),
         ({"score_rate": 0.0}, "family.score_rate is positive"),
     ],
 )
