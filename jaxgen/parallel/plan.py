@@ -33,6 +33,7 @@ from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, param_s
 # Shares of the published peaks that large products, copies and collectives are taken to reach on devices that are not at hand:
 # an assumption, in keeping with what others report of dense transformers on TPUs.
 REACHED = 0.8
+LOOKS = 5  # at the speed of a device that is at hand
 
 
 class Seconds(NamedTuple):
@@ -215,7 +216,9 @@ def plan(config: Any, mesh: Mesh, encoder: Any, tokens: int, where: str, *, chip
     work, collectives = hlo.read(compiled.as_text())
     home = [getattr(device, "slice_index", None) for device in mesh.devices.flat]
     across = lambda c: len({home[i] for i in c.devices}) > 1  # noqa: E731
-    speed = Published(chip) if chip is not None else probe.Measured(work)
+    speed, measured = Published(chip) if chip is not None else probe.Measured(work, collectives), None
+    if isinstance(speed, probe.Measured):
+        measured = look(speed, stepper(compiled, parts, placed, encoder) if steps else None, steps)
     facts = chip or known(mesh.devices.flat[0].device_kind)
     return Plan(
         where=where,
@@ -233,7 +236,7 @@ def plan(config: Any, mesh: Mesh, encoder: Any, tokens: int, where: str, *, chip
         collectives=grouped(collectives, mesh),
         seconds=predict(work, collectives, speed, across),
         peak=facts and facts.flops,
-        measured=run(compiled, parts, placed, encoder, steps) if steps else None,
+        measured=measured,
     )
 
 
@@ -252,14 +255,18 @@ def grouped(collectives: list[hlo.Collective], mesh: Mesh) -> list[dict[str, Any
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
-def run(compiled: Any, parts: Abstract, placed: Any, encoder: Any, steps: int) -> float:
-    """Seconds a step takes, the median of `steps` after a first one, on made-up data."""
-    step, took = stepper(compiled, parts, placed, encoder), []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        step()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took[1:])
+def look(speed: probe.Measured, step: Callable[[], Any] | None, steps: int) -> float | None:
+    """Measures this machine's speed and, in turn with it, `steps` steps, so that both see a machine whose speed wanders alike.
+
+    Seconds a step takes, the median after a first one."""
+    took = []
+    for turn in range(max(LOOKS, steps + 1)):
+        speed.look()
+        if step is not None and turn <= steps:
+            began = time.perf_counter()
+            step()
+            took.append(time.perf_counter() - began)
+    return statistics.median(took[1:]) if took else None
 
 
 def stepper(compiled: Any, parts: Abstract, placed: Any, encoder: Any) -> Callable[[], dict[str, jax.Array]]:
@@ -325,6 +332,8 @@ def main() -> None:
     config = configs.load(path or "configs/quickstart.py", overrides)
     if not hasattr(config, "family"):
         raise UserError(f"--config={path}: plans are made for what draws pictures, and this is another kind of run")
+    if args.topology and args.measure:
+        raise UserError("--measure runs steps on this machine: leave --topology out")
     names = args.topology.split(",") if args.topology else [""]
     if args.topology:
         # No TPU is to be looked for, and another process may hold the library.

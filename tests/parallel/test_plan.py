@@ -3,6 +3,7 @@ import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -246,8 +247,40 @@ def test_speeds_of_this_machine_are_those_of_the_products_themselves():
     function, args = probe.remake(product.shape)
     assert [a.shape for a in args] == [(64, 32), (32, 16)]
     assert function(*args).shape == (64, 16)
-    speed = probe.Measured(work)
+    speed = probe.Measured(work, [])
+    speed.look()
     assert min(speed.product(product), speed.copy(100.0), speed.elements(100.0)) > 0
+
+
+def test_speeds_are_the_medians_of_all_looks(monkeypatch):
+    seconds = iter([1.0, 9.0, 2.0])
+    now: list[float] = []
+    counted = lambda factor: lambda: now[0] * factor  # noqa: E731
+    monkeypatch.setattr(probe, "timer", lambda function, args, **_: counted(10.0))
+    for name, factor in {"per_byte": 1.0, "per_element": 0.1}.items():
+        monkeypatch.setattr(probe, name, lambda f=factor: counted(f))
+    monkeypatch.setattr(probe, "per_sent", lambda size: counted(size / 100))
+    work, _ = read(lambda a, b: jnp.tanh(a) @ b, jnp.ones((64, 32)), jnp.ones((32, 16)))
+    sent = hlo.Collective("all-reduce", 7.0, (0, 1), False, 1.0, "")
+    speed = probe.Measured(work, [sent])
+    for each in seconds:
+        now[:] = [each]
+        speed.look()
+    (product,) = [p for w in work for p in w.products]
+    assert speed.product(product) == 20.0
+    # A shape that is not timed goes at the mean speed of those that are.
+    assert speed.product(product._replace(m=2 * product.m, shape=("other",))) == pytest.approx(40.0)
+    assert (speed.copy(3.0), speed.elements(5.0), speed.send(sent, False)) == pytest.approx((6.0, 1.0, 0.28))
+
+
+def test_steps_are_run_in_turn_with_the_looks(monkeypatch):
+    log, clock = [], iter([0.0, 90.0, 100.0, 101.0, 110.0, 113.0, 120.0, 122.0])
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    speed: Any = SimpleNamespace(look=lambda: log.append("look"))
+    assert plan.look(speed, lambda: log.append("step"), 3) == 2.0  # of 1, 3, 2: the first step does not count
+    assert log == ["look", "step"] * 4 + ["look"]
+    assert plan.look(speed, None, 0) is None
+    assert log[9:] == ["look"] * 5
 
 
 def test_slices_are_joined_along_the_first_axis():
