@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--torch_python=PYTHON] [--config=configs/quickstart.py] [--rounds=3] [--json=FILE]
 
-cold: empty caches: pictures are drawn and written, captions encoded, programs compiled. prepared: pictures and captions are
-there, programs are not. warm: those too, as for a run that goes on. The peer, where PYTHON has torch, takes its first step of
+cold: empty caches: Python's sources and programs compiled, pictures drawn and written, captions encoded. prepared: programs alone
+are not there. warm: those too, as for a run that goes on. The peer, where PYTHON has torch, takes its first step of
 the same network (generators_torch.py) on data that are there, eager, compiled anew and with its compiled code cached; it reads
 no text and writes no logs, and so has less to do. A round is one start of each, in rotating order; told are medians.
 
@@ -28,7 +28,8 @@ TARGETS = {"cold": 60.0, "warm": 10.0}  # seconds
 class Starts:
     def __init__(self, place: Path, arguments: argparse.Namespace):
         self.place, self.arguments = place, arguments
-        self.environment = environment(place)
+        self.environment = environment(place) | {"PYTHONPYCACHEPREFIX": str(place / "bytecode")}
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user has what the last start compiled
 
     def ours(self, kind: str) -> float:
         """Seconds until train.py has told of its first step."""
@@ -38,6 +39,8 @@ class Starts:
             command = [sys.executable, str(ROOT / "train.py"), f"--config={self.arguments.config}", f"--workdir={fresh}/run"]
             command += [f"--config.data.dir={data / 'data'}", "--config.train.log_every=1"]
             caches = {"JAX_COMPILATION_CACHE_DIR": str(programs / "xla")}
+            if kind == "cold":
+                caches["PYTHONPYCACHEPREFIX"] = f"{fresh}/bytecode"
             with open(self.place / "errors.txt", "w") as errors:
                 began = time.perf_counter()
                 process = subprocess.Popen(

@@ -118,9 +118,9 @@ class Source:
         return self._images is not None or self.made is not None
 
     def _load(self) -> None:
-        every = range(len(self))
-        read = map(self.__getitem__, every) if self.shards is None else concurrently(self.__getitem__, every, self.threads)
-        pairs = list(read)
+        several = [range(start, min(start + 64, len(self))) for start in range(0, len(self), 64)]
+        read = concurrently(lambda some: [self[index] for index in some], several, self.threads)
+        pairs = list(itertools.chain.from_iterable(read))
         self._images, self._captions = [image for image, _ in pairs], [captions for _, captions in pairs]
 
 
