@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py [--torch_python=PYTHON] [--config=configs/quickstart.py] [--rounds=3] [--json=FILE]
 
-cold: empty caches: Python's sources and programs compiled, pictures drawn and written, captions encoded. prepared: programs alone
-are not there. warm: those too, as for a run that goes on. The peer, where PYTHON has torch, takes its first step of
-the same network (generators_torch.py) on data that are there, eager, compiled anew and with its compiled code cached; it reads
-no text and writes no logs, and so has less to do. A round is one start of each, in rotating order; told are medians.
+cold: empty caches: Python's sources and programs compiled, pictures drawn and written, captions encoded. prepared: programs
+alone are not there. warm: those too, as for a run that goes on. The peer, where PYTHON has torch, takes its first step of the
+same network (generators_torch.py) on data that are there, eager, compiled anew and with its compiled code cached; it reads no
+text and writes no logs, and so has less to do. A round is one start of each, in rotating order; told are medians.
 
 Targets, for the quickstart on a CPU: 60 s cold, 10 s warm."""
 
