@@ -35,7 +35,7 @@ from jaxgen.train.config import RunConfig
 from jaxgen.train.evaluation import Evaluator, check_metric, keep_best, scores_of
 from jaxgen.train.goodput import Goodput
 from jaxgen.train.logging import Log, duration, peak_flops, progress_line
-from jaxgen.train.optimizers import make_optimizer
+from jaxgen.train.optimizers import make_optimizer, same_until
 from jaxgen.train.state import TrainState, abstract_state, create, fresh
 from jaxgen.train.step import Step, make_step, to_float
 from jaxgen.train.stopping import stopping
@@ -400,27 +400,29 @@ def claim(workdir: Path, config: Any) -> None:
     if not is_remote(workdir) and not os.access(workdir, os.W_OK):
         raise UserError(f"no permission to write {workdir}: choose a directory of your own")
     previous = read_config(workdir)
-    if previous is not None and Checkpoints(workdir, keep=None).steps():  # else it came to nothing
-        check_same(workdir, previous, config)
+    steps = Checkpoints(workdir, keep=None).steps() if previous is not None else []
+    if previous is not None and steps:  # else it came to nothing
+        check_same(workdir, previous, config, max(steps))
     if jax.process_index() == 0:
         for directory in (workdir, workdir / "samples"):
             sweep(directory)
 
 
-def check_same(workdir: Path, previous: dict[str, Any], config: Any) -> None:
-    """Raises UserError where the directory's config.json says something else."""
-    # What is newer has its default.
-    previous = configs.to_dict(configs.from_dict(type(config), previous, f"{workdir}/config.json"))
-    longer = config.optimizer.schedule == "constant" and not config.text.adapt.scheduled
+def check_same(workdir: Path, previous: dict[str, Any], config: Any, step: int) -> None:
+    """Raises UserError where the directory's config.json says something else, for what a run at this step hangs on."""
+    there = configs.from_dict(type(config), previous, f"{workdir}/config.json")  # what is newer has its default
+    lengths = there.train.steps, config.train.steps
+    alike = same_until(config.optimizer, *lengths, step) and not config.text.adapt.scheduled
     changed = [
         f"{name} ({old} there, {new} here)"
-        for name, old, new in configs.differences(previous, configs.to_dict(config))
-        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and longer)
+        for name, old, new in configs.differences(configs.to_dict(there), configs.to_dict(config))
+        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and alike)
     ]
     if changed:
         raise UserError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Choose another --workdir, or change "
-            f"only what may differ: {', '.join(name.rstrip('.') for name in MAY_CHANGE)} (and train.steps with a constant rate)"
+            f"only what may differ: {', '.join(name.rstrip('.') for name in MAY_CHANGE)} (and train.steps where the rate up to "
+            f"step {step} stays the same: optimizer.schedule=constant, or trapezoid before its fall)"
         )
 
 

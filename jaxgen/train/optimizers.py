@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -30,6 +31,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     # Starts above zero: a first step that changes nothing wastes a batch.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def same_until(config: OptimizerConfig, steps: int, others: int, step: int) -> bool:
+    """Whether runs of so many steps and of `others` have had the same learning rate when `step` of them are done."""
+    first = np.arange(step)
+    return np.array_equal(learning_rate(config, steps)(first), learning_rate(config, others)(first))
 
 
 def make_optimizer(
