@@ -114,6 +114,13 @@ class Source:
                 yield from self.rewritings.variants[caption] if self.rewritings is not None else ()
 
     @property
+    def changing(self) -> str:
+        """Why nothing can be made of each picture once for all, if so."""
+        if self.crop:
+            return "are cropped at random, anew at each visit"
+        return "" if self.bucket is None else "have several shapes (data.max_aspect_ratio)"
+
+    @property
     def in_memory(self) -> bool:
         return self._images is not None or self.made is not None
 

@@ -48,9 +48,8 @@ def precompute(
     shapes = jax.eval_shape(make, params, picture)
     if not shapes:
         return None
-    if source.crop or source.bucket is not None:
-        why = "are cropped at random, anew at each visit" if source.crop else "have several shapes (data.max_aspect_ratio)"
-        raise UserError(f"data.precompute: pictures of {config.name} {why}: {MEND}")
+    if source.changing:
+        raise UserError(f"data.precompute: pictures of {config.name} {source.changing}: {MEND}")
     directory = as_path(config.dir) / "latents" / digest(config, source, key, split, dtype)
     kept = _read(directory, shapes, len(source))
     if kept is not None:

@@ -189,8 +189,8 @@ class _Program:
     def cost(self, scope: dict[str, Op], op: Op, times: float) -> Work:
         inner = self.computations.get(op.called("calls") or "") if op.kind in ("fusion", "async-start") else None
         ahead = op.kind.endswith("-start")
-        if ahead and inner is None:  # (to, from, …)
-            return Work(op.kind, (), op.out[0].far + (op.out[1].far if len(op.out) > 1 else 0.0), 0.0, True, times)
+        if ahead and inner is None:
+            return Work(op.kind, (), _begun(scope, op), 0.0, True, times)
         if inner is None:
             moved = sum(a.far for a in op.out) * (2 if op.kind in PART else 1)
             if op.kind == "dynamic-update-slice":
@@ -209,7 +209,7 @@ class _Program:
                 elif each.kind not in (*FREE, *COLLECTIVES, "fusion", "broadcast", "copy", "reshape", "transpose", *PART):
                     source = ops.get(each.operands[0]) if each.kind.startswith("reduce") and each.operands else None
                     elements += sum(math.prod(a.dims) for a in (source or each).out)
-        return Work(op.kind, tuple(products), self._edges(inner, op), elements, False, times)
+        return Work(op.kind, tuple(products), self._edges(inner, op), elements, ahead and not products, times)
 
     def sent(self, kind: str, inside: str, op: Op) -> tuple[float, tuple[int, ...]]:
         """(bytes that one device of a group sends in a ring, the first group)."""
@@ -235,7 +235,8 @@ class _Program:
         if root is None:
             return moved
         ends = [inner[name] for name in root.operands if name in inner] if root.kind == "tuple" else [root]
-        for end, array in zip(ends, op.out, strict=False):
+        out = op.out[len(op.operands) :] if op.kind.endswith("-start") else op.out  # behind what it is given
+        for end, array in zip(ends, out, strict=False):
             if array.near or end.kind == "parameter" or end.kind.removesuffix("-start") in HANDED:
                 continue
             if end.kind == "dynamic-update-slice" and end.operands[1] in inner:
@@ -268,6 +269,18 @@ class _Program:
                     found.setdefault(name, []).append((op, at))
             self._known[id(ops)] = found
         return self._known[id(ops)]
+
+
+def _begun(scope: dict[str, Op], op: Op) -> float:
+    """Bytes of main memory that a move begun here reads and writes: a copy's types are (to, from, …), others' ((what they are
+    given …), to, …), of which they read only as much as they write."""
+    if op.kind == "copy-start":
+        return sum(a.far for a in op.out[:2])
+    given, to = op.out[: len(op.operands)], op.out[len(op.operands) :][:1]
+    if op.kind == "dynamic-update-slice-start" and len(given) > 1:
+        given, to = given[1:2], (given[1]._replace(near=given[0].near),)
+    read = sum(a.bytes for a in to if not given[0].near) if given else 0.0
+    return read + sum(a.far for a in to)
 
 
 def groups(rest: str, kind: str = "all-reduce") -> tuple[int, ...]:

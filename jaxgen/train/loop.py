@@ -370,7 +370,7 @@ def is_finished(config: Any, workdir: Path, step: int, control: dict[str, Any]) 
 
 def precomputed(config: RunConfig, source: Source, frozen: Params) -> dict[str, np.ndarray] | None:
     """What the family makes of the pictures, from files beside the set; None where it sees them, or makes it in the step."""
-    if not precomputes(config, jax.default_backend(), source.crop or source.bucket is not None):
+    if not precomputes(config, jax.default_backend(), bool(source.changing)):
         return None
     codec: Any = getattr(config.family, "codec", None)
     make = lambda frozen, image: config.family.precompute(frozen, to_float(image))  # noqa: E731

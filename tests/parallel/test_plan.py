@@ -152,6 +152,38 @@ def test_a_tpu_program_is_read():
     assert next(w.bytes for w in work if w.kind == "fusion" and w.times == 7) == 2 * 8 * 16 * 2
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # Of a large array a slice is brought near, or written back from there; a copy's types are (to, from), either way round.
+        ("((s8[4096]{0}), s8[512]{0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:512]}", 512),
+        ("((s8[4096]{0}), s8[512]{0}, s32[]{:S(2)}) slice-start(%a), slice={[0:512]}", 1024),
+        ("((s8[4096]{0:S(1)}), s8[512]{0}, s32[]{:S(2)}) slice-start(%a), slice={[0:512]}", 512),
+        ("((s8[4096]{0}, s32[]), s8[512]{0:S(1)}, s32[]{:S(2)}) dynamic-slice-start(%a, %i), dynamic_slice_sizes={512}", 512),
+        ("((s8[4096]{0}, s8[512]{0:S(1)}, s32[]), s8[4096]{0}, s32[]) dynamic-update-slice-start(%a, %b, %i)", 512),
+        ("((s8[4096]{0}), s8[512]{0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%part", 512),
+        ("(s8[4096]{0}, s8[4096]{0:S(1)}, u32[]{:S(2)}) copy-start(%a)", 4096),
+        ("(s8[4096]{0:S(1)}, s8[4096]{0}, u32[]{:S(2)}) copy-start(%a)", 4096),
+    ],
+)
+def test_what_a_move_begun_ahead_takes_of_main_memory(line, moved):
+    program = f"""HloModule step
+%part (p: s8[4096]) -> s8[512] {{
+  %p = s8[4096]{{0}} parameter(0)
+  ROOT %some = s8[512]{{0:S(1)}} slice(%p), slice={{[0:512]}}
+}}
+ENTRY %main (a: s8[4096], b: s8[512], i: s32[]) -> s8[4096] {{
+  %a = s8[4096]{{0}} parameter(0)
+  %b = s8[512]{{0}} parameter(1)
+  %i = s32[] parameter(2)
+  %begun = {line}
+  ROOT %done = s8[4096]{{0}} copy-done(%begun)
+}}
+"""
+    (work,), _ = hlo.read(program)
+    assert (work.bytes, work.ahead) == (moved, True)
+
+
 def test_time_hides_what_runs_beside_and_adds_what_does_not():
     product = hlo.Product(m=1e6, n=100, k=64, shape=())
     work = [hlo.Work("fusion", (product,), 1e6, 0.0, False, 3.0), hlo.Work("copy", (), 8e8, 0.0, False, 1.0)]
