@@ -2,7 +2,8 @@
 
     uv run train.py --config=configs/scenes_gan.py
 
-Two CPU cores. Not yet measured.
+The whole of it is not yet measured. With --config.train.batch_size=16 --config.train.steps=7000, on one CPU core beside a busy
+one, 2 h 39 min: 41.1% of `test` drawn exactly (1,000 captions, three seeds), colours right in 98.4%; shapes and places are not.
 """
 
 from jaxgen.data.config import DataConfig
