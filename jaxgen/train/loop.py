@@ -412,11 +412,11 @@ def check_same(workdir: Path, previous: dict[str, Any], config: Any, step: int) 
     """Raises UserError where the directory's config.json says something else, for what a run at this step hangs on."""
     there = configs.from_dict(type(config), previous, f"{workdir}/config.json")  # what is newer has its default
     lengths = there.train.steps, config.train.steps
-    alike = same_until(config.optimizer, *lengths, step) and not config.text.adapt.scheduled
+    alike = lambda: not config.text.adapt.scheduled and same_until(config.optimizer, *lengths, step)  # noqa: E731
     changed = [
         f"{name} ({old} there, {new} here)"
         for name, old, new in configs.differences(configs.to_dict(there), configs.to_dict(config))
-        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and alike)
+        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and alike())
     ]
     if changed:
         raise UserError(
