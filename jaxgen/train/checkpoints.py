@@ -18,6 +18,9 @@ from jaxgen.train.state import TrainState
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"  # how Orbax names a checkpoint until it is whole
+# Devices with copies of the same array share its writing only from this size on: below it, cutting an array into their parts,
+# for which a program is compiled for every shape there is, takes longer than writing it.
+SHARED_BYTES = 2**22
 
 
 class Checkpoints:
@@ -39,6 +42,8 @@ class Checkpoints:
                 cleanup_tmp_directories=True,  # what a kill in the middle of a save has left
             )
         self._reads_only = keep is None
+        writes = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)
+        ocp.type_handlers.register_type_handler(jax.Array, writes, override=True)
         # Orbax refuses to write arrays below a relative path.
         directory = os.fspath(self.directory) if is_remote(self.directory) else os.path.abspath(self.directory)
         self._manager = ocp.CheckpointManager(directory, options=options)
