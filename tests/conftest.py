@@ -3,12 +3,11 @@ from pathlib import Path
 
 from hypothesis import settings
 
+from tests.quick import XLA_FLAGS
+
 # Before jax starts: eight CPU devices so that sharding is real, and no network.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Most of a test's time is its compilation, and tests run what they compile a few times only.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-# At that level the older emitters of loops take half of the newer ones' time; at the level of users, twice.
-os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] += f" {XLA_FLAGS}"  # most of a test's time is its compilation
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["NPROC"] = "16"  # threads for eight devices that wait for each other

@@ -14,6 +14,7 @@ from PIL import Image
 import jaxgen
 from jaxgen.evaluate.pictures import save_png
 from jaxgen.storage import as_path
+from tests.quick import XLA_FLAGS
 
 ROOT = Path(__file__).parents[1]
 FAMILIES, COLAB = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("families", "colab"))
@@ -35,7 +36,7 @@ def cells(path):
 
 def begin(path, place, **environment):
     settings = {"JAXGEN_NOTEBOOK_SHARE": "1e-3", "JAXGEN_CPU_DEVICES": "1", "HOME": str(place), "PYTHONPATH": str(ROOT)}
-    settings |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    settings |= {"XLA_FLAGS": XLA_FLAGS}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", RUN, str(path)], env=os.environ | settings | environment, cwd=place, **pipes)
 

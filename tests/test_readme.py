@@ -21,6 +21,7 @@ from jaxgen.config import apply_overrides, load
 from jaxgen.evaluate.pictures import save_png
 from jaxgen.storage import as_path, write_text
 from jaxgen.train.config import RunConfig
+from tests.quick import XLA_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
@@ -152,7 +153,7 @@ def copy(tmp_path_factory):
     ours = ("NPROC", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment |= {"HOME": str(place / "home"), "JAXGEN_CPU_DEVICES": "2"}
-    environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiled quickly rather than well
+    environment |= {"XLA_FLAGS": XLA_FLAGS}
     # What `uv run` would set up is there already: the environment of these tests.
     environment |= {"UV_NO_SYNC": "1", "UV_OFFLINE": "1", "UV_PROJECT_ENVIRONMENT": sys.prefix, "VIRTUAL_ENV": sys.prefix}
     if shutil.which("uv") is None:

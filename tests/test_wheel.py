@@ -25,6 +25,7 @@ from jaxgen.families.flow import Flow
 from jaxgen.families.unet import UNet
 from jaxgen.text import load_text_encoder
 from jaxgen.train.config import RunConfig
+from tests.quick import XLA_FLAGS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -77,7 +78,7 @@ def script(site):
     place.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     environment |= {"PYTHONPATH": str(site), "HOME": str(place / "home"), "JAXGEN_CPU_DEVICES": "2"}
-    environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiled quickly rather than well
+    environment |= {"XLA_FLAGS": XLA_FLAGS}
     scripts = configparser.ConfigParser()
     scripts.read(next(site.glob("*.dist-info")) / "entry_points.txt")
 

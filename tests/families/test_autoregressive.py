@@ -223,7 +223,7 @@ def test_tokens_made_ahead_give_the_loss_of_the_pictures():
         run(random_params(), FROZEN, {**batch, "text": text()}, jax.random.key(0))["generator"]
         for batch in ({"image": image}, {"tokens": made["tokens"].astype(jnp.int16)})
     )
-    assert float(loss) == float(again)
+    np.testing.assert_allclose(loss, again, rtol=1e-6)  # of two programs, each of which rounds in its own way
     assert Autoregressive(codec=Palette()).precompute({}, image) == {}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 import jaxgen
 from jaxgen.nn.module import flatten
+from tests.quick import XLA_FLAGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ def command(place, name, *more):
 
 def environment(place, devices=2):
     keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
-    keep |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiled quickly rather than well
+    keep |= {"XLA_FLAGS": XLA_FLAGS}
     mine = {"JAXGEN_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "PYTHONPATH": str(ROOT)}
     return keep | mine
 
