@@ -11,6 +11,7 @@ import pytest
 from jaxgen.errors import UserError
 from jaxgen.parallel.mesh import MeshConfig, make_mesh
 from jaxgen.storage import as_path
+from jaxgen.train import checkpoints as checkpoints_module
 from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.state import create, shardings
 from tests.train.test_step import SHAPES
@@ -48,6 +49,24 @@ def test_a_state_comes_back_whole_on_other_devices(tmp_path):
     ema, meta = Checkpoints(as_path(tmp_path), keep=None).restore_ema()
     assert meta["step"] == 5
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(ema), jax.device_get(state.ema_params))
+
+
+@pytest.mark.parametrize(("size", "shared"), [(checkpoints_module.SHARED_BYTES, False), (1, True)])
+def test_devices_share_the_writing_of_large_arrays_alone(tmp_path, monkeypatch, size, shared):
+    """Sharing means cutting, for which programs are compiled."""
+    monkeypatch.setattr(checkpoints_module, "SHARED_BYTES", size)
+    abstract, make = layout(8)
+    state, compiled = make(), []
+    note = lambda event, *_, **__: compiled.append("backend_compile" in event)  # noqa: E731
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    checkpoints = Checkpoints(as_path(tmp_path))
+    checkpoints.save(state, {})
+    assert checkpoints.wait()
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert any(compiled) == shared
+    restored, _ = Checkpoints(as_path(tmp_path)).restore(abstract)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
