@@ -2,8 +2,9 @@
 
     uv run train.py --config=configs/scenes_gan.py
 
-The whole of it is not yet measured. With --config.train.batch_size=16 --config.train.steps=7000, on one CPU core beside a busy
-one, 2 h 39 min: 41.1% of `test` drawn exactly (1,000 captions, three seeds), colours right in 98.4%; shapes and places are not.
+One CPU core, shared, 3 h 50 min (1.35 s a step while alone on it): this is the model that ships as `gan`. Drawn exactly in
+one pass, of 1,000 captions and three seeds each: `test` 59.0%, pairs of colour and shape never seen together 45.4%, held-out
+words in a held-out sentence 35.8%. Colours are right in 97.7%, shapes in 83.0%, how two objects stand to each other in 72.1%.
 """
 
 from jaxgen.data.config import DataConfig
@@ -18,10 +19,18 @@ def get_config() -> RunConfig:
         family=Gan(network=Residual(), r1=0.1, r2=0.1),
         data=DataConfig(name="scenes", train_examples=60_000, paraphrases=1),
         text=TextConfig(dropout=0.0),  # guidance, which needs the empty caption, means nothing here
-        train=TrainConfig(steps=13_000, batch_size=32, ema_decay=0.998, checkpoint_every=500),
-        # No momentum: what the other player does is old by the next step.
+        train=TrainConfig(steps=7000, batch_size=16, ema_decay=0.998, checkpoint_every=500),
+        # Little momentum: what the other player does is old by the next step.
         optimizer=OptimizerConfig(
-            learning_rate=5e-4, schedule="trapezoid", warmup_steps=100, b1=0.0, b2=0.99, weight_decay=0.0, clip_norm=10.0
+            name="muon",
+            learning_rate=1e-3,
+            schedule="trapezoid",
+            warmup_steps=100,
+            momentum=0.5,
+            b1=0.0,
+            b2=0.99,
+            weight_decay=0.0,
+            clip_norm=10.0,
         ),
         sample=SampleConfig(
             prompts=(
