@@ -79,9 +79,9 @@ def main() -> None:
         began = time.monotonic()
         images = model.sample(prompts, **wanted, **chosen)
         seconds = time.monotonic() - began
-        print(f"{len(images)} pictures in {seconds:.1f} s" + (f" by {name}" if len(names) > 1 else ""))
+        print(f"{len(images)} pictures in {seconds:.2f} s" + (f" by {name}" if len(names) > 1 else ""))
         pictures += list(images)
-        under += captions if len(names) == 1 else judged(f"{name}, {seconds:.1f} s", images, captions)
+        under += captions if len(names) == 1 else judged(f"{name}, {seconds:.2f} s", images, captions)
         notes = model.settings(**chosen) | {"negative_prompt": args.negative_prompt, "step": model.step, "model": name}
         if args.expand is not None:
             notes["asked"] = asked
