@@ -33,6 +33,8 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what was asked for
         options = ocp.CheckpointManagerOptions(read_only=True)
         if keep is not None:
+            writes = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)
+            ocp.type_handlers.register_type_handler(jax.Array, writes, override=True)
             policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
             if score is not None:
                 policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
@@ -42,8 +44,6 @@ class Checkpoints:
                 cleanup_tmp_directories=True,  # what a kill in the middle of a save has left
             )
         self._reads_only = keep is None
-        writes = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)
-        ocp.type_handlers.register_type_handler(jax.Array, writes, override=True)
         # Orbax refuses to write arrays below a relative path.
         directory = os.fspath(self.directory) if is_remote(self.directory) else os.path.abspath(self.directory)
         self._manager = ocp.CheckpointManager(directory, options=options)
