@@ -65,13 +65,12 @@ class Ours:
         return lambda: self.encoder(array, mask).hidden.block_until_ready(), lambda hidden: np.concatenate(np.asarray(hidden))
 
     def mixed(self, variant: str, captions: list[str]) -> Work:
-        from jaxgen.text.cache import encode_captions
+        from jaxgen.text.cache import CaptionTable
 
-        def show(table: Any) -> np.ndarray:
-            features = table.lookup(captions[:CHECKED])
-            return features.hidden[features.mask]
+        def work() -> Any:
+            return CaptionTable(self.encoder, captions).lookup(captions)
 
-        return lambda: encode_captions(self.encoder, captions), show
+        return work, lambda features: features.hidden[:CHECKED][features.mask[:CHECKED]]
 
     def generate(self, variant: str, ids: list[list[int]]) -> Work:
         try:

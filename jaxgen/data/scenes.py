@@ -6,7 +6,7 @@ Example i of a split is a function of (seed, split, i) alone. Lengths are in pix
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class Scene:
     relation: str | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self, default=vars)
 
     @staticmethod
     def from_json(text: str) -> "Scene":

@@ -1,10 +1,12 @@
-"""Captions encoded once, ahead of training, where the encoder would cost more than the step (a CPU)."""
+"""Captions encoded once, beside the steps, where the encoder would cost more than a step (a CPU)."""
 
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,45 +16,89 @@ from jaxgen.storage import Path, write_array, write_json
 from jaxgen.text.encoder import TextEncoder
 from jaxgen.text.features import TextFeatures
 
-BATCH = 64
+GROUP = 16  # captions encoded together: more are no faster, and a batch waits for a group for each of its captions
+ARRAYS, KEY = ("hidden", "pooled", "lengths"), "key.json"
 SHARE = 0.5  # of the host's memory that a table may take
+
+
+class Rows(NamedTuple):
+    """Captions and their features as they lie on disk: hidden [N, T, D], pooled float32 [N, D], lengths int32 [N]."""
+
+    captions: list[str]
+    hidden: np.ndarray
+    pooled: np.ndarray
+    lengths: np.ndarray
 
 
 class CaptionTable:
     """Features of a fixed set of captions, the empty one included; float16 in memory where that holds them (the states of
-    some language models are too large for it), float32 on the way out."""
+    some language models are too large for it), float32 on the way out.
 
-    def __init__(self, captions: Sequence[str], hidden: np.ndarray, pooled: np.ndarray, lengths: np.ndarray):
-        self.index = {caption: i for i, caption in enumerate(captions)}
-        self.hidden, self.pooled, self.lengths = hidden, pooled, lengths
+    A caption is encoded when it is first asked for, so that a run's first step waits for few; with it others of like length,
+    so that little of the work is padding, and always the same ones, so that a run that goes on sees the same bits. When all
+    are there they are kept under `path`, with the encoder's fingerprint: what is there by the same encoder is taken from
+    there, caption by caption, and what another one wrote is not used. Several threads may use it. All processes of a run
+    make it together, and then each encodes what it meets.
+
+    Raises UserError, before anything is encoded, where the table would not fit into memory."""
+
+    def __init__(self, encoder: TextEncoder, captions: Iterable[str], path: Path | None = None):
+        self._path, self._fingerprint, self._lock = path, encoder.fingerprint, threading.Lock()
+        self._encode, batch = _over_local_devices(encoder)
+        unique = sorted({*captions, ""})
+        kept = _read(path, encoder.fingerprint) if path is not None else None
+        known = set(kept.captions) if kept is not None else set()
+        new = np.array([i for i, caption in enumerate(unique) if caption not in known], int)
+        self._groups: list[tuple[np.ndarray, int]] = []  # rows that are encoded together, and the tokens they are padded to
+        if kept is not None and not len(new):
+            self._rows = kept
+        else:
+            tokens = encoder.count([unique[i] for i in new])
+            longest = int(tokens.max())
+            width = _states(encoder, longest)
+            check_size(len(unique), width, encoder.hidden_size, host_memory())
+            self._rows = _room(unique, width, encoder, kept)
+            order = np.argsort(-tokens, kind="stable")
+            for some in np.split(order, range(batch, len(order), batch)):
+                # Multiples of 4: a program more costs a second.
+                self._groups.append((new[some], min(-(-int(tokens[some[0]]) // 4) * 4, longest)))
+        self._index = {caption: i for i, caption in enumerate(self._rows.captions)}
+        self._group = np.full(len(self._index), -1)  # where a row is that is not encoded yet
+        for i, (rows, _) in enumerate(self._groups):
+            self._group[rows] = i
+        self._left, self._told = len(new), time.monotonic()
 
     def lookup(self, captions: Sequence[str]) -> TextFeatures:
         """float32 features of captions of the table, T the same for every call. KeyError for an unknown caption."""
-        rows = np.array([self.index[caption] for caption in captions])
-        mask = np.arange(self.hidden.shape[1]) < self.lengths[rows, None]
-        return TextFeatures(self.hidden[rows].astype(np.float32), self.pooled[rows].astype(np.float32), mask)  # ty: ignore[invalid-argument-type]
+        rows = np.array([self._index[caption] for caption in captions])
+        with self._lock:
+            for group in np.unique(self._group[rows]):
+                if group >= 0:
+                    self._fill(*self._groups[group])
+            _, hidden, pooled, lengths = self._rows
+            mask = np.arange(hidden.shape[1]) < lengths[rows, None]
+            return TextFeatures(hidden[rows].astype(np.float32), pooled[rows].astype(np.float32), mask)  # ty: ignore[invalid-argument-type]
 
-
-def encode_captions(encoder: TextEncoder, captions: Iterable[str], path: Path | None = None) -> CaptionTable:
-    """A table of all distinct captions.
-
-    It is kept under `path`, with the encoder's fingerprint: what is there by the same encoder is taken from there, caption by
-    caption, and what another one wrote is not used. Raises UserError, before anything is encoded, where the table would not
-    fit into memory."""
-    unique = sorted({*captions, ""})
-    kept = _read(path, encoder.fingerprint) if path is not None else None
-    new = [caption for caption in unique if kept is None or caption not in kept.index]
-    if kept is not None and not new and len(kept.index) == len(unique):
-        return kept
-    tokens = encoder.count(new)
-    check_size(len(unique), int(tokens.max(initial=1)), encoder.hidden_size, host_memory())
-    table = _encode(encoder, new, tokens) if kept is None else _joined(unique, kept, _encode(encoder, new, tokens))
-    if path is not None and jax.process_index() == 0:
-        for name, value in (("hidden", table.hidden), ("pooled", table.pooled), ("lengths", table.lengths)):
-            write_array(path / f"{name}.npy", value)
-        # Last: without it the rest does not count.
-        write_json(path / "key.json", {"fingerprint": encoder.fingerprint, "captions": list(table.index)})
-    return table
+    def _fill(self, rows: np.ndarray, length: int) -> None:
+        captions, hidden, pooled, lengths = self._rows
+        text = self._encode([captions[i] for i in rows], length)
+        states, pooled[rows], lengths[rows] = text.hidden, text.pooled, text.mask.sum(1)
+        if hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
+            hidden = hidden.astype(np.float32)
+            self._rows = self._rows._replace(hidden=hidden)
+        hidden[rows, : states.shape[1]] = states
+        self._group[rows] = -1
+        self._left -= len(rows)
+        if time.monotonic() - self._told > 5:
+            self._told = time.monotonic()
+            print(
+                f"encoding captions as they come: {len(captions) - self._left} of {len(captions)}", file=sys.stderr, flush=True
+            )
+        if not self._left and self._path is not None and jax.process_index() == 0:
+            try:
+                _write(self._path, self._fingerprint, self._rows)
+            except UserError as error:  # they can be made again
+                print(f"warning: encoded captions are not kept: {error}", file=sys.stderr, flush=True)
 
 
 def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
@@ -65,75 +111,71 @@ def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
         )
 
 
-def _encode(encoder: TextEncoder, captions: Sequence[str], tokens: np.ndarray) -> CaptionTable:
-    """Captions of like length together, over all local devices, so that little of the work is padding."""
+def _over_local_devices(encoder: TextEncoder) -> tuple[Callable[[Sequence[str], int], TextFeatures], int]:
+    """(captions, tokens they are padded to) -> their features in NumPy, and how many captions it takes at most."""
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = encoder.params
     if jax.process_count() > 1:  # each has its own slices, and encodes by itself
         from jax.experimental import multihost_utils
 
         params = multihost_utils.process_allgather(params, tiled=True)
-    params = jax.device_put(params, whole)
+    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     apply = jax.jit(encoder.apply)
-    batch = -(-BATCH // len(devices)) * len(devices)
-    hidden = np.zeros((len(captions), 0, encoder.hidden_size), np.float16)
-    pooled = np.zeros((len(captions), encoder.pooled_size), np.float32)
-    lengths = np.zeros(len(captions), np.int32)
-    began = told = time.monotonic()
-    done = 0
-    order = np.argsort(-tokens, kind="stable")  # the longest first: it sets the width
-    for start in range(0, len(order), batch):
-        some = order[start : start + batch]
-        # Multiples of 4: a program more costs a second.
-        length = int(min(-(-tokens[some[0]] // 4) * 4, encoder.lengths[-1]))
-        ids = encoder.tokenize([captions[i] for i in some] + [""] * (batch - len(some)), length)
+    batch = -(-GROUP // len(devices)) * len(devices)
+
+    def encode(captions: Sequence[str], length: int) -> TextFeatures:
+        ids = encoder.tokenize([*captions, *[""] * (batch - len(captions))], length)
         features = apply(params, *(jax.device_put(ids[k], split) for k in ("input_ids", "attention_mask")))
-        states, mask = np.asarray(features.hidden)[: len(some)], np.asarray(features.mask)[: len(some)]
-        if not hidden.shape[1]:
-            hidden = np.zeros((len(captions), states.shape[1], encoder.hidden_size), np.float16)
-        if hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
-            hidden = hidden.astype(np.float32)
-        hidden[some, : states.shape[1]] = states
-        pooled[some] = np.asarray(features.pooled)[: len(some)]
-        lengths[some] = mask.sum(1)
-        done += len(some)
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            left = (told - began) / done * (len(captions) - done)
-            print(f"encoding captions: {done} of {len(captions)}, {left:.0f} s left", file=sys.stderr, flush=True)
-    return CaptionTable(captions, hidden[:, : lengths.max(initial=1)], pooled, lengths)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(captions)], features)
+
+    return encode, batch
 
 
-def _joined(captions: Sequence[str], *tables: CaptionTable) -> CaptionTable:
-    """The rows of `captions`, each from the table that has it."""
-    width = max(table.hidden.shape[1] for table in tables)
-    dtype = np.result_type(*(table.hidden for table in tables))
-    hidden = np.zeros((len(captions), width, tables[0].hidden.shape[2]), dtype)
-    pooled = np.zeros((len(captions), tables[0].pooled.shape[1]), np.float32)
-    lengths = np.zeros(len(captions), np.int32)
-    for table in tables:
-        here = [(i, table.index[caption]) for i, caption in enumerate(captions) if caption in table.index]
-        ours, theirs = np.array(here, int).reshape(-1, 2).T
-        hidden[ours, : table.hidden.shape[1]] = table.hidden[theirs]
-        pooled[ours], lengths[ours] = table.pooled[theirs], table.lengths[theirs]
-    return CaptionTable(captions, hidden, pooled, lengths)
+def _states(encoder: TextEncoder, tokens: int) -> int:
+    """How many states the encoder gives for so many tokens: it may cut some off, or consist of two."""
+    ids = encoder.tokenize([""], tokens)
+    return jax.eval_shape(encoder.apply, encoder.params, ids["input_ids"], ids["attention_mask"]).hidden.shape[1]
 
 
-def _read(path: Path, fingerprint: str) -> CaptionTable | None:
+def _room(captions: list[str], width: int, encoder: TextEncoder, kept: Rows | None) -> Rows:
+    """A table of captions, filled as far as they are among those kept."""
+    if kept is not None:
+        width = max(width, kept.hidden.shape[1])
+    room = Rows(
+        captions,
+        np.zeros((len(captions), width, encoder.hidden_size), np.float16 if kept is None else kept.hidden.dtype),
+        np.zeros((len(captions), encoder.pooled_size), np.float32),
+        np.zeros(len(captions), np.int32),
+    )
+    if kept is not None:
+        place = {caption: i for i, caption in enumerate(kept.captions)}
+        ours, theirs = np.array([(i, place[c]) for i, c in enumerate(captions) if c in place], int).reshape(-1, 2).T
+        room.hidden[ours, : kept.hidden.shape[1]] = kept.hidden[theirs]
+        room.pooled[ours], room.lengths[ours] = kept.pooled[theirs], kept.lengths[theirs]
+    return room
+
+
+def _write(path: Path, fingerprint: str, rows: Rows) -> None:
+    for name in ARRAYS:
+        write_array(path / f"{name}.npy", getattr(rows, name))
+    # Last: without it the rest does not count.
+    write_json(path / KEY, {"fingerprint": fingerprint, "captions": rows.captions})
+
+
+def _read(path: Path, fingerprint: str) -> Rows | None:
     try:
-        key = json.loads((path / "key.json").read_text())
+        key = json.loads((path / KEY).read_text())
         if key["fingerprint"] != fingerprint:
             return None
         arrays = []
-        for name in ("hidden", "pooled", "lengths"):
+        for name in ARRAYS:
             with (path / f"{name}.npy").open("rb") as file:
                 arrays.append(np.load(file))
         if {len(array) for array in arrays} != {len(key["captions"])}:
             return None
-        return CaptionTable(key["captions"], *arrays)
+        return Rows(key["captions"], *arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 

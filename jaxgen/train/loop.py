@@ -29,7 +29,7 @@ from jaxgen.parallel.runtime import compute_dtype, steady_memory
 from jaxgen.storage import Path, as_path, explain, is_remote, sweep, write_bytes, write_json
 from jaxgen.text import TextEncoder
 from jaxgen.text.adapt import keep_frozen, text_of, with_text
-from jaxgen.text.cache import CaptionTable, encode_captions
+from jaxgen.text.cache import CaptionTable
 from jaxgen.train.checkpoints import Checkpoints, read_config
 from jaxgen.train.config import RunConfig
 from jaxgen.train.evaluation import Evaluator, check_metric, keep_best, scores_of
@@ -82,7 +82,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     table = None
     if not in_step:
         captions = [caption for split in (source, held_out) if split is not None for caption in split.captions()]
-        table = encode_captions(encoder, captions, as_path(config.data.dir) / "captions" / config.data.name.replace("/", "_"))
+        table = CaptionTable(encoder, captions, as_path(config.data.dir) / "captions" / config.data.name.replace("/", "_"))
     ready = featurize(encoder, table, source)
     frozen = family.load_frozen()
     marks = fingerprints(config, frozen)

@@ -1,10 +1,13 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
 import numpy as np
 import pytest
 
 from jaxgen.errors import UserError
 from jaxgen.storage import as_path
 from jaxgen.text import cache, load_text_encoder, scratch
-from jaxgen.text.cache import check_size, encode_captions
+from jaxgen.text.cache import CaptionTable, check_size
 from jaxgen.text.encoder import TextEncoder
 from jaxgen.text.features import TextFeatures
 from jaxgen.text.pair import PairedTextEncoder
@@ -39,29 +42,86 @@ def test_rows_are_what_the_encoder_gives(source, encoder, kind):
         encoder = load_text_encoder(source, template="a picture of {} please")
     if kind == "pair":
         encoder = PairedTextEncoder(encoder, load_text_encoder(source, layers=0), "tokens")
-    agree(encode_captions(encoder, CAPTIONS), encoder, [*CAPTIONS, ""])
+    agree(CaptionTable(encoder, CAPTIONS), encoder, [*CAPTIONS, ""])
 
 
-def test_what_is_there_is_taken_and_only_the_rest_encoded(source, encoder, tmp_path, monkeypatch):
-    encoded = []
-    real = cache._encode
-    monkeypatch.setattr(
-        cache, "_encode", lambda e, captions, tokens: encoded.append(list(captions)) or real(e, captions, tokens)
-    )
+def whole(encoder, captions, path=None):
+    """A table of which everything has been asked for."""
+    table = CaptionTable(encoder, captions, path)
+    table.lookup(captions)
+    return table
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """What was encoded, call by call."""
+    calls = []
+    real = cache._over_local_devices
+
+    def counted(encoder):
+        encode, batch = real(encoder)
+        return lambda captions, length: calls.append(list(captions)) or encode(captions, length), batch
+
+    monkeypatch.setattr(cache, "_over_local_devices", counted)
+    return calls
+
+
+def test_what_is_there_is_taken_and_only_the_rest_encoded(source, encoder, tmp_path, encoded):
     path = as_path(tmp_path)
-    first = encode_captions(encoder, CAPTIONS[:2], path)
-    again = encode_captions(encoder, CAPTIONS[:2], path)
+    first = whole(encoder, CAPTIONS[:2], path).lookup(CAPTIONS[:2])
+    again = whole(encoder, CAPTIONS[:2], path).lookup(CAPTIONS[:2])
     np.testing.assert_array_equal(first.hidden, again.hidden)
-    more = encode_captions(encoder, CAPTIONS, path)
-    assert encoded == [sorted(["", *CAPTIONS[:2]]), sorted(CAPTIONS[2:])]
+    more = whole(encoder, CAPTIONS, path)
+    assert [sorted(some) for some in encoded] == [sorted(["", *CAPTIONS[:2]]), sorted(CAPTIONS[2:])]
     agree(more, encoder, [*CAPTIONS, ""])
-    np.testing.assert_array_equal(more.lookup(["two dogs"]).hidden[:, :4], first.lookup(["two dogs"]).hidden[:, :4])
+    np.testing.assert_array_equal(more.lookup(["two dogs"]).hidden[0, :4], first.hidden[1, :4])
+    fewer = CaptionTable(encoder, CAPTIONS[:1], path)  # leaves what is there
+    agree(fewer, encoder, CAPTIONS[:1])
     other = load_text_encoder(source, layers=0)  # another fingerprint: nothing of it is used
-    agree(encode_captions(other, CAPTIONS, path), other, CAPTIONS)
+    agree(CaptionTable(other, CAPTIONS, path), other, CAPTIONS)
+    assert len(encoded) == 3
     assert len(encoded[-1]) == 5
     (path / "hidden.npy").write_bytes((path / "hidden.npy").read_bytes()[:-100])
-    agree(encode_captions(other, CAPTIONS, path), other, CAPTIONS)
+    agree(CaptionTable(other, CAPTIONS, path), other, CAPTIONS)
     assert len(encoded) == 4
+
+
+def test_only_what_is_asked_for_is_encoded_with_its_like(encoder, tmp_path, encoded, monkeypatch):
+    monkeypatch.setattr(cache, "GROUP", 1)  # of captions, on each device
+    path, size = as_path(tmp_path), len(jax.devices())
+    captions = [" ".join(["red"] * (1 + i // size)) + f" {'abcdefgh'[i % size]}" for i in range(3 * size)]
+    table = CaptionTable(encoder, captions, path)
+    assert not encoded
+    late = table.lookup(captions[size : size + 2])
+    assert len(encoded) == 1
+    assert not (path / "key.json").exists()
+    table.lookup(captions[size : 2 * size])
+    other = CaptionTable(encoder, captions, path)
+    np.testing.assert_array_equal(other.lookup([*captions, ""]).hidden[size : size + 2], late.hidden)  # whatever came before
+    assert (path / "key.json").exists()
+    count = len(encoded)
+    np.testing.assert_array_equal(CaptionTable(encoder, captions, path).lookup(captions).hidden, other.lookup(captions).hidden)
+    assert len(encoded) == count
+
+
+def test_several_threads_encode_nothing_twice(encoder, encoded):
+    captions = [f"{'red ' * (i % 7)}{'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10]}" for i in range(100)]
+    table = CaptionTable(encoder, captions)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: table.lookup(captions[i::4]), range(4)))
+    once = [caption for some in encoded for caption in some]
+    assert sorted(once) == sorted({*captions, ""})
+    for i, text in enumerate(results):
+        np.testing.assert_array_equal(text.hidden, table.lookup(captions[i::4]).hidden)
+
+
+def test_a_full_disk_costs_the_cache_alone(encoder, tmp_path, monkeypatch, capsys):
+    def full(path, value):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(cache, "write_array", full)
+    agree(CaptionTable(encoder, CAPTIONS, as_path(tmp_path)), encoder, [*CAPTIONS, ""])
+    assert "warning: encoded captions are not kept: the disk is full" in capsys.readouterr().err
 
 
 def test_a_hopeless_table_is_refused_before_anything_is_encoded():
@@ -80,6 +140,6 @@ def test_states_beyond_half_precision_are_kept(encoder):
     large = TextEncoder(
         encoder.params, apply, encoder.tokenizer, hidden_size=16, pooled_size=16, max_length=64, fingerprint="large"
     )
-    table = encode_captions(large, CAPTIONS)
+    table = CaptionTable(large, CAPTIONS)
     text = large(["two dogs"])
     np.testing.assert_allclose(table.lookup(["two dogs"]).hidden[0, :4], np.asarray(text.hidden)[0, :4], rtol=1e-4, atol=10)
