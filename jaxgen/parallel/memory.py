@@ -1,32 +1,43 @@
 """Whether a compiled step fits into its devices, and what to change where it does not."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxgen.errors import UserError
 
 
-def compile_checked(lowered: Any, config: Any, mesh: Mesh, limit: float | None = None) -> Any:
+def compile_checked(lowered: Any, config: Any, mesh: Mesh, held: int, limit: float | None = None) -> Any:
     """The compiled step. Raises UserError with what to change where it takes more memory than a device has.
 
-    config: has the sections train and mesh. limit: bytes a device; by default what this machine's devices have."""
+    config: has the sections train and mesh. held: bytes a device of what the step is given besides a batch. limit: bytes a
+    device; by default what this machine's devices have."""
     try:
         compiled = lowered.compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        # Either all of it is told, or what comes on top of what it is given.
         used = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
+        more = re.search(r"\(([\d.]+)([MGT])\) exceeds available HBM \(([\d.]+)([MGT])\)", str(error))
         sizes = {"M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
-        needed, there = (float(used.group(i)) * sizes[used.group(i + 1)] for i in (1, 3)) if used else (None, limit)
-        raise UserError(too_large(config, mesh, needed, there, None)) from None
+        found = used or more
+        needed, there = (float(found.group(i)) * sizes[found.group(i + 1)] for i in (1, 3)) if found else (None, limit)
+        raise UserError(too_large(config, mesh, held, needed and needed + (0 if used else held), there)) from None
     there = limit if limit is not None else free_memory(compiled, mesh)
     if there is not None and memory(compiled) > there:
-        state = compiled.memory_analysis().argument_size_in_bytes
-        raise UserError(too_large(config, mesh, memory(compiled), there, state))
+        raise UserError(too_large(config, mesh, held, memory(compiled), there))
     return compiled
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of arrays, or jax.ShapeDtypeStructs, with their shardings."""
+    leaves = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * size for shape, size in leaves)
 
 
 def memory(compiled: Any) -> float:
@@ -48,16 +59,23 @@ def free_memory(compiled: Any, mesh: Mesh) -> float | None:
     return int(found.group(1)) * 1024 / len(devices) + compiled.memory_analysis().argument_size_in_bytes
 
 
-def too_large(config: Any, mesh: Mesh, needed: float | None, limit: float | None, state: float | None) -> str:
+def too_large(config: Any, mesh: Mesh, held: int, needed: float | None, limit: float | None) -> str:
     """The line that says so, with values to try, those first that change nothing else."""
     gib, batch, parts = 2**30, config.train.batch_size, config.train.accumulate
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    wider = mesh.shape["fsdp"] * 2
+    divided = []
+    if mesh.size % (wider * mesh.shape["tensor"]) == 0:
+        rest = "" if config.mesh.data == -1 else " --config.mesh.data=-1"
+        divided = [f"mesh.fsdp={wider}{rest} (less of the state on each)"]
+    if limit and held >= limit:  # no batch is small enough
+        said = f"the state takes {held / gib:.2f} GiB a device before the first picture, and {limit / gib:.2f} are there"
+        return _with_knobs(said, divided)
     said = "the step takes more memory than a device has"
     share = 0.5
     if needed and limit:
         said = f"the step takes {needed / gib:.2f} GiB a device and {limit / gib:.2f} are there"
-        fixed = state if state is not None and state < limit else 0.0
-        share = max((limit - fixed) / (needed - fixed), 1e-3)
+        share = max((limit - held) / (needed - held), 1e-3)
     least = shares * parts
     smaller = int(batch * share) // least * least
     knobs = [f"train.batch_size={max(smaller, least)}"] if batch > least else []
@@ -66,8 +84,8 @@ def too_large(config: Any, mesh: Mesh, needed: float | None, limit: float | None
     network = getattr(getattr(config, "family", None), "network", None)
     if getattr(network, "remat", True) is not True:
         knobs.append("family.network.remat=True (recomputes activations)")
-    wider = mesh.shape["fsdp"] * 2
-    if mesh.size % (wider * mesh.shape["tensor"]) == 0:
-        rest = "" if config.mesh.data == -1 else " --config.mesh.data=-1"
-        knobs.append(f"mesh.fsdp={wider}{rest} (less of the state on each)")
+    return _with_knobs(said, knobs + divided)
+
+
+def _with_knobs(said: str, knobs: list[str]) -> str:
     return f"{said}: " + (f"try --config.{', or --config.'.join(knobs)}" if knobs else "take more devices or a smaller network")

@@ -23,7 +23,7 @@ from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes, served
 from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
-from jaxgen.parallel.memory import compile_checked, memory
+from jaxgen.parallel.memory import bytes_a_device, compile_checked, memory
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype, steady_memory
 from jaxgen.storage import Path, as_path, explain, is_remote, sweep, write_bytes, write_json
@@ -354,7 +354,8 @@ class Programs:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._compiled:
             began = time.monotonic()
-            self._compiled[shapes] = compile_checked(self._step.lower(state, frozen, batch), self._config, self._mesh)
+            lowered, held = self._step.lower(state, frozen, batch), bytes_a_device((state, frozen))
+            self._compiled[shapes] = compile_checked(lowered, self._config, self._mesh, held)
             used = memory(self._compiled[shapes])
             tell(f"compiled in {time.monotonic() - began:.1f} s; {used / 2**30:.2f} GiB a device")
         return self._compiled[shapes]

@@ -250,13 +250,46 @@ def test_a_step_too_large_names_the_knobs_with_values_to_try(tiny):
     assert re.search(r"batch_size=(8|12),", line)
 
 
-def test_running_out_while_compiling_is_told_in_the_same_line():
+@pytest.mark.parametrize(
+    ("said", "held", "line"),
+    [
+        (
+            "Used 20.00G of 15.75G hbm. Exceeded hbm capacity by 4.25G.",
+            0,
+            "the step takes 20.00 GiB a device and 15.75 are there: try --config.train.batch_size=12, ",
+        ),
+        (
+            "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G).",
+            2,
+            "the step takes 22.00 GiB a device and 15.75 are there: try --config.train.batch_size=8, ",
+        ),
+        (
+            "Used 20.00G of 15.75G hbm.",
+            16,
+            "the state takes 16.00 GiB a device before the first picture, ",
+        ),
+        ("in other words", 2, "the step takes more memory than a device has: try --config.train.batch_size=8, "),
+    ],
+)
+def test_running_out_while_compiling_is_told_in_the_same_line(said, held, line):
     class Lowered:
         def compile(self):
-            raise RuntimeError("RESOURCE_EXHAUSTED: Used 20.00G of 15.75G hbm. Exceeded hbm capacity by 4.25G.")
+            raise RuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    with pytest.raises(UserError, match=r"takes 20.00 GiB a device and 15.75 are there: try --config.train.batch_size=12"):
-        memory.compile_checked(Lowered(), config(), make_mesh(config().mesh))
+    with pytest.raises(UserError) as told:
+        memory.compile_checked(Lowered(), config(), make_mesh(config().mesh), held * 2**30)
+    assert str(told.value).startswith(line)
+    assert ("batch_size" in str(told.value)) == (held < 15)  # no batch is small enough for a state that does not fit
+
+
+def test_bytes_are_counted_as_they_lie():
+    mesh = make_mesh(config().mesh)
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    tree = {
+        "split": jax.ShapeDtypeStruct((16, 3), jnp.bfloat16, sharding=split),
+        "whole": jax.device_put(1.0, jax.devices()[0]),
+    }
+    assert memory.bytes_a_device(tree) == 16 * 3 * 2 // (mesh.shape["data"] * mesh.shape["fsdp"]) + 4
 
 
 def test_the_largest_batch_is_found_along_a_line():
