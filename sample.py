@@ -15,7 +15,66 @@ from jaxgen.errors import UserError, cli
 
 @cli
 def main() -> None:
-    # Flags
+    args = arguments()
+
+    # Models
+    from jaxgen.parallel import runtime
+
+    runtime.start(allow_cpu=args.allow_cpu)
+    from jaxgen.evaluate.pictures import save_gif, save_png, sheet
+    from jaxgen.model import load, shipped
+    from jaxgen.storage import as_path
+    from jaxgen.text import check_prompts
+
+    names = shipped() if args.model == "all" and not args.workdir else [args.workdir or args.model]
+    several = len(names) > 1
+    prompts = args.prompts
+    if args.expand is not None:
+        from jaxgen.text.expand import DEFAULT, expand_prompts
+
+        prompts = expand_prompts(prompts, args.expand or DEFAULT, seed=args.seed)
+        print("\n".join(prompts))
+    captions = [prompt for prompt in prompts for _ in range(args.num_images)]
+    wanted = {"num_images": args.num_images, "negative_prompt": args.negative_prompt}
+    chosen = {"seed": args.seed, "guidance_scale": args.guidance, "num_steps": args.steps}
+    chosen |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_k", "top_p", "aspect_ratio")}
+    pictures, under, notes, frames = [], [], {}, []
+    for name in names:
+        model = load(name)
+        for warning in check_prompts(model.encoder, prompts, args.negative_prompt):
+            print(f"warning: {warning}", file=sys.stderr)
+
+        # Drawing
+        if several:  # whose seconds are compared, so that compiling comes before
+            model.sample(prompts, **wanted, **chosen)
+        began = time.monotonic()
+        images = model.sample(prompts, **wanted, **chosen)
+        seconds = time.monotonic() - began
+        print(f"{len(images)} pictures in {seconds:.2f} s" + (f" by {name}" if several else ""))
+        pictures += list(images)
+        under += judged(f"{name}, {seconds:.2f} s", images, captions) if several else captions
+        notes = model.settings(**chosen) | {"negative_prompt": args.negative_prompt, "step": model.step, "model": name}
+        notes |= {"asked": args.prompts} if args.expand is not None else {}
+        if args.trace:
+            frames.append(model.trace(prompts, **wanted, **chosen))
+        if args.out_dir:
+            save_each(as_path(args.out_dir) / (name if several else ""), images, captions, args.num_images, notes)
+
+    # Sheets
+    columns = len(captions) if several else min(args.num_images, 8)
+    if args.trace:
+        pages = [sheet([*itertools.chain(*moment)], under, columns) for moment in zip(*frames, strict=True)]
+        save_gif(as_path(args.trace), pages)
+        print(args.trace)
+    if args.out or not args.out_dir:
+        out = args.out or "grid.png"
+        metadata = {"model": names, "seed": args.seed} if several else notes
+        save_png(as_path(out), sheet(pictures, under, columns), {"prompts": prompts, **metadata})
+        print(out)
+
+
+def arguments() -> argparse.Namespace:
+    """The flags, looked at; `prompts` are those of the command line and of the file. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--workdir", help="a run of train.py, or an exported model; the newest EMA weights draw")
@@ -38,73 +97,25 @@ def main() -> None:
     parser.add_argument("--out_dir", help="one PNG an image: 0000.png, 0001.png, …, prompt by prompt")
     parser.add_argument("--allow_cpu", action="store_true", help="draw on the CPU though the host has an accelerator")
     args = parser.parse_args()
-    prompts = args.prompt + read_prompts(args.prompts_file)
-    if not prompts:
+    args.prompts = args.prompt + read_prompts(args.prompts_file)
+    if not args.prompts:
         raise UserError('say what to draw: --prompt="a large red circle" (or --prompts_file=FILE, a prompt a line)')
     for name, value in (("num_images", args.num_images), ("steps", args.steps)):
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed} must lie between 0 and 2^32 - 1")
+    return args
 
-    # Models
-    from jaxgen.parallel import runtime
 
-    runtime.start(allow_cpu=args.allow_cpu)
-    from jaxgen.evaluate.pictures import save_gif, save_png, sheet
-    from jaxgen.model import load, shipped
-    from jaxgen.storage import as_path
-    from jaxgen.text import check_prompts
+def save_each(place: Any, images: Any, captions: list[str], num_images: int, notes: dict[str, Any]) -> None:
+    """One PNG an image, with its prompt, its place and the settings."""
+    from jaxgen.evaluate.pictures import save_png
 
-    names = shipped() if args.model == "all" and not args.workdir else [args.workdir or args.model]
-    asked = prompts
-    if args.expand is not None:
-        from jaxgen.text.expand import DEFAULT, expand_prompts
-
-        prompts = expand_prompts(prompts, args.expand or DEFAULT, seed=args.seed)
-        print("\n".join(prompts))
-    captions = [prompt for prompt in prompts for _ in range(args.num_images)]
-    wanted = {"num_images": args.num_images, "negative_prompt": args.negative_prompt}
-    chosen = {"seed": args.seed, "guidance_scale": args.guidance, "num_steps": args.steps}
-    chosen |= {name: getattr(args, name) for name in ("sampler", "temperature", "top_k", "top_p", "aspect_ratio")}
-    pictures, under, notes, frames = [], [], {}, []
-    for name in names:
-        model = load(name)
-        for warning in check_prompts(model.encoder, prompts, args.negative_prompt):
-            print(f"warning: {warning}", file=sys.stderr)
-
-        # Drawing
-        if len(names) > 1:  # whose seconds are compared, so that compiling comes before
-            model.sample(prompts, **wanted, **chosen)
-        began = time.monotonic()
-        images = model.sample(prompts, **wanted, **chosen)
-        seconds = time.monotonic() - began
-        print(f"{len(images)} pictures in {seconds:.2f} s" + (f" by {name}" if len(names) > 1 else ""))
-        pictures += list(images)
-        under += captions if len(names) == 1 else judged(f"{name}, {seconds:.2f} s", images, captions)
-        notes = model.settings(**chosen) | {"negative_prompt": args.negative_prompt, "step": model.step, "model": name}
-        if args.expand is not None:
-            notes["asked"] = asked
-        if args.trace:
-            frames.append(model.trace(prompts, **wanted, **chosen))
-
-        # Files
-        if args.out_dir:
-            place = as_path(args.out_dir) / (name if len(names) > 1 else "")
-            for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-                where = {"image_index": i % args.num_images, "prompt_index": i // args.num_images}
-                save_png(place / f"{i:04d}.png", image, {"prompt": caption, **notes, **where})
-            print(f"{place}/0000.png … {len(images) - 1:04d}.png")
-    columns = min(args.num_images, 8) if len(names) == 1 else len(captions)
-    if args.trace:
-        pages = [sheet([*itertools.chain(*moment)], under, columns) for moment in zip(*frames, strict=True)]
-        save_gif(as_path(args.trace), pages)
-        print(args.trace)
-    if args.out or not args.out_dir:
-        out = args.out or "grid.png"
-        metadata = notes if len(names) == 1 else {"model": names, "seed": args.seed}
-        save_png(as_path(out), sheet(pictures, under, columns), {"prompts": prompts, **metadata})
-        print(out)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        where = {"image_index": i % num_images, "prompt_index": i // num_images}
+        save_png(place / f"{i:04d}.png", image, {"prompt": caption, **notes, **where})
+    print(f"{place}/0000.png … {len(images) - 1:04d}.png")
 
 
 def ratio(said: str) -> float:

@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import sys
+import time
 import traceback
 import urllib.request
+import zlib
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ def start(allow_cpu: bool = False) -> None:
         # with none to spare they wait for ever. A device that is alone has none to meet.
         os.environ.setdefault("NPROC", str(2 * cores()))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/jaxgen/xla").expanduser()))
+    if "://" not in cache:
+        sweep_programs(Path(cache))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if distributed is not None:
@@ -49,6 +53,32 @@ def start(allow_cpu: bool = False) -> None:
         unseen = unseen_accelerator(os.environ)
         if unseen is not None:
             raise UserError(unseen)
+
+
+def sweep_programs(cache: Path) -> None:
+    """Takes away compiled programs of which a killed process or a full disk left a part. JAX writes them in place and never
+    again: at every start it would read such a one in vain, and compile."""
+    stamp, now = cache / ".swept", time.time()  # what is older than the stamp has been found whole
+    with contextlib.suppress(OSError):
+        since = stamp.stat().st_mtime if stamp.exists() else 0.0
+        for file in cache.glob("*-cache"):
+            if file.stat().st_mtime >= since and not is_whole(file.read_bytes()):
+                file.unlink()
+        if cache.is_dir():
+            stamp.touch()
+            os.utime(stamp, (now, now))
+
+
+def is_whole(compressed: bytes) -> bool:
+    """Whether bytes that zlib has compressed are all there. What another library has compressed is taken for whole."""
+    if not compressed.startswith(b"\x78"):
+        return bool(compressed)
+    reader = zlib.decompressobj()
+    try:
+        reader.decompress(compressed)
+    except zlib.error:
+        return False
+    return reader.eof
 
 
 def keep_memory() -> None:

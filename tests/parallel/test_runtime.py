@@ -1,10 +1,13 @@
 import gc
 import http.server
+import os
 import platform
 import subprocess
 import sys
 import threading
+import time
 import weakref
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,30 @@ def test_processes_are_taken_from_the_environment():
     assert runtime.multi_host({"SLURM_NTASKS": "4"}) == {}
     with pytest.raises(UserError, match="JAX_PROCESS_ID is not"):
         runtime.multi_host({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"})
+
+
+def test_half_written_programs_are_taken_away_and_whole_ones_looked_at_once(tmp_path, monkeypatch):
+    whole = zlib.compress(os.urandom(10_000))
+    contents = {"whole": whole, "part": whole[:-100], "empty": b"", "spoilt": whole[:50] + bytes(100) + whole[150:]}
+    contents["zstd"] = b"\x28..."  # not known: left alone
+    for name, content in contents.items():
+        (tmp_path / f"{name}-cache").write_bytes(content)
+    (tmp_path / "part-atime").write_bytes(b"1")
+    runtime.sweep_programs(tmp_path)
+    assert sorted(file.name for file in tmp_path.glob("*-*")) == ["part-atime", "whole-cache", "zstd-cache"]
+    later = time.time() + 60
+    (tmp_path / "new-cache").write_bytes(whole[:-1])
+    os.utime(tmp_path / "new-cache", (later, later))
+    seen = []
+    real = runtime.is_whole
+    monkeypatch.setattr(runtime, "is_whole", lambda content: seen.append(content) or real(content))
+    os.utime(tmp_path / "whole-cache", (1, 1))
+    os.utime(tmp_path / "zstd-cache", (1, 1))
+    runtime.sweep_programs(tmp_path)
+    assert seen == [whole[:-1]]
+    assert not (tmp_path / "new-cache").exists()
+    runtime.sweep_programs(tmp_path / "not there")
+    assert not (tmp_path / "not there").exists()
 
 
 def test_an_accelerator_that_jax_does_not_see_is_told(tmp_path):
