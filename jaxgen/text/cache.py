@@ -91,14 +91,12 @@ class CaptionTable:
         self._left -= len(rows)
         if time.monotonic() - self._told > 5:
             self._told = time.monotonic()
-            print(
-                f"encoding captions as they come: {len(captions) - self._left} of {len(captions)}", file=sys.stderr, flush=True
-            )
+            _tell(f"encoding captions as they come: {len(captions) - self._left} of {len(captions)}")
         if not self._left and self._path is not None and jax.process_index() == 0:
             try:
                 _write(self._path, self._fingerprint, self._rows)
             except UserError as error:  # they can be made again
-                print(f"warning: encoded captions are not kept: {error}", file=sys.stderr, flush=True)
+                _tell(f"warning: encoded captions are not kept: {error}")
 
 
 def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
@@ -178,6 +176,10 @@ def _read(path: Path, fingerprint: str) -> Rows | None:
         return Rows(key["captions"], *arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def host_memory() -> int:
