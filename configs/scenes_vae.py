@@ -2,7 +2,9 @@
 
     uv run train.py --config=configs/scenes_vae.py
 
-Two CPU cores, about two hours; what it draws exactly is not yet measured.
+One CPU core of two, 2 h 21 min, 0.9 s a step: this is the model that ships as `vae`. Drawn exactly in one pass, of 1,000 captions
+and three seeds each: `test` 37.9%, pairs of colour and shape never seen together 33.8%, held-out words in a held-out sentence
+20.6%. Single objects are right in 74.1%, two of which one is left of or above the other in 20.2%.
 """
 
 from jaxgen.data.config import DataConfig
@@ -28,7 +30,7 @@ def get_config() -> RunConfig:
             free_bits=4.0,
         ),
         data=DataConfig(name="scenes", train_examples=60_000, paraphrases=1),
-        train=TrainConfig(steps=36_000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
+        train=TrainConfig(steps=9_000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(
             prompts=(
@@ -40,7 +42,7 @@ def get_config() -> RunConfig:
             num_images=4,
             guidance_scale=1.0,
             temperature=0.7,
-            every=4000,
+            every=1500,
         ),
-        eval=EvalConfig(every=4000, count=256, metric="eval/exact"),
+        eval=EvalConfig(every=1500, count=256, metric="eval/exact"),
     )
