@@ -4,7 +4,7 @@
 
 One CPU core of two, 2 h 21 min, 0.9 s a step: this is the model that ships as `vae`. Drawn exactly, of 1,000 captions and three
 seeds each: `test` 39.4%, pairs of colour and shape never seen together 35.1%, held-out words in a held-out sentence 22.2%;
-without guidance, in one pass, 37.9%. Single objects are right in 75.6%, two of which one stands in a relation to the other in 21.1%.
+without guidance, in one pass, 37.9%. Single objects are right in 75.6%, two in a relation in 21.1%.
 """
 
 from jaxgen.data.config import DataConfig
