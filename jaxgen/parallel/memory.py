@@ -21,17 +21,24 @@ def compile_checked(lowered: Any, config: Any, mesh: Mesh, held: int, limit: flo
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        # Either all of it is told, or what comes on top of what it is given.
-        used = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
-        more = re.search(r"\(([\d.]+)([MGT])\) exceeds available HBM \(([\d.]+)([MGT])\)", str(error))
-        sizes = {"M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
-        found = used or more
-        needed, there = (float(found.group(i)) * sizes[found.group(i + 1)] for i in (1, 3)) if found else (None, limit)
-        raise UserError(too_large(config, mesh, held, needed and needed + (0 if used else held), there)) from None
+        needed, there = told(str(error), held) or (None, limit)
+        raise UserError(too_large(config, mesh, held, needed, there)) from None
     there = limit if limit is not None else free_memory(compiled, mesh)
     if there is not None and memory(compiled) > there:
         raise UserError(too_large(config, mesh, held, memory(compiled), there))
     return compiled
+
+
+def told(error: str, held: int) -> tuple[float, float] | None:
+    """Bytes a device that are needed and that are there, by the words of a compiler that ran out; None for unknown words."""
+    used = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", error)
+    more = re.search(r"\(([\d.]+)([MGT])\) exceeds available HBM \(([\d.]+)([MGT])\)", error)  # on top of what it is given
+    found = used or more
+    if found is None:
+        return None
+    sizes = {"M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+    needed, there = (float(found.group(i)) * sizes[found.group(i + 1)] for i in (1, 3))
+    return (needed if used else needed + held), there
 
 
 def bytes_a_device(tree: Any) -> int:

@@ -41,7 +41,7 @@ def start(allow_cpu: bool = False) -> None:
         # with none to spare they wait for ever. A device that is alone has none to meet.
         os.environ.setdefault("NPROC", str(2 * cores()))
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/jaxgen/xla").expanduser()))
-    if "://" not in cache:
+    if cache and "://" not in cache:  # empty: switched off
         sweep_programs(Path(cache))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
