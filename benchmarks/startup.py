@@ -31,8 +31,8 @@ class Starts:
         self.environment = environment(place) | {"PYTHONPYCACHEPREFIX": str(place / "bytecode")}
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user has what the last start compiled
 
-    def ours(self, kind: str, whole: bool = False) -> float:
-        """Seconds until train.py has told of its first step; `whole`: it is left until it has encoded all captions."""
+    def ours(self, kind: str, keeps: bool = False) -> float:
+        """Seconds until train.py has told of its first step; `keeps`: until it has kept the captions it has encoded."""
         with tempfile.TemporaryDirectory(dir=self.place) as fresh:
             data = Path(fresh) if kind == "cold" else self.place
             programs = self.place if kind == "warm" else Path(fresh)
@@ -48,7 +48,7 @@ class Starts:
                 )
             try:
                 for line in process.stdout or ():
-                    if line.startswith("step ") and (not whole or any(data.glob("data/captions/*/key.json"))):
+                    if line.startswith("step ") and (not keeps or any(data.glob("data/captions/*/features.npy"))):
                         return time.perf_counter() - began
             finally:
                 process.kill()
@@ -89,7 +89,7 @@ def main() -> None:
             for variant in ("eager", "compiled", "compiled anew"):
                 work[variant] = lambda variant=variant: starts.theirs(variant, problem)
             starts.theirs("compiled", problem)  # fills its cache
-        starts.ours("warm", whole=True)  # fills ours, and prepares the data
+        starts.ours("warm", keeps=True)  # fills ours, and prepares the data
         found: dict[str, list[float]] = {name: [] for name in work}
         for name in rotated(tuple(work), arguments.rounds):
             found[name].append(work[name]())

@@ -78,11 +78,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def write_array(path: Path, value: np.ndarray) -> None:
-    """A .npy file, without a copy in memory."""
+def write_arrays(path: Path, *values: np.ndarray) -> None:
+    """A .npy file, of several arrays one after the other, as np.load reads them from an open file; no copy in memory."""
     with writing(path) as file:
         # Into no more than something that can be written to: into a file it writes by itself, and does not say that it is full.
-        np.lib.format.write_array(SimpleNamespace(write=file.write), value, allow_pickle=False)  # ty: ignore[invalid-argument-type]
+        sink = SimpleNamespace(write=file.write)
+        for value in values:
+            np.lib.format.write_array(sink, value, allow_pickle=False)  # ty: ignore[invalid-argument-type]
 
 
 def write_text(path: Path, text: str) -> None:

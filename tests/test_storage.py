@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgen.errors import NoSpace, UserError
-from jaxgen.storage import as_path, read_json, sweep, write_array, write_bytes, write_json
+from jaxgen.storage import as_path, read_json, sweep, write_arrays, write_bytes, write_json
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -58,7 +58,7 @@ def test_an_array_is_written_without_a_copy_of_it(tmp_path, transposed):
     value = np.random.default_rng(0).normal(size=(3000, 1000))
     value = value.T if transposed else value
     tracemalloc.start()
-    write_array(as_path(tmp_path / "a.npy"), value)
+    write_arrays(as_path(tmp_path / "a.npy"), value)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 0.8 * value.nbytes
@@ -67,7 +67,7 @@ def test_an_array_is_written_without_a_copy_of_it(tmp_path, transposed):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(NoSpace, match="no space left to write"):
-            write_array(as_path(tmp_path / "a.npy"), value + 1)
+            write_arrays(as_path(tmp_path / "a.npy"), value + 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), value)

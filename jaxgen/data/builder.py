@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,7 @@ class Records:
             raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(known)}{mend}")
         # Its examples as they are written: read by TFDS they take five times as long.
         self._examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}).data_source
+        self._listed = Path(builder.data_dir) / f"captions-{split}.json"
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -130,3 +132,15 @@ class Records:
         example = tf_example_pb2.Example.FromString(self._examples[int(index)])  # ty: ignore
         image, captions, meta = (example.features.feature[name].bytes_list.value for name in ("image", "captions", "meta"))
         return image[0], [caption.decode() for caption in captions], meta[0].decode()
+
+    def captions(self) -> list[list[str]]:
+        """Those of each picture, from a file beside the records once they have been read from these."""
+        with contextlib.suppress(OSError, ValueError):
+            captions = json.loads(self._listed.read_text())
+            if len(captions) == len(self):
+                return captions
+        captions = [self[index][1] for index in range(len(self))]
+        if jax.process_index() == 0:
+            with contextlib.suppress(UserError):  # they can be read again
+                write_json(self._listed, captions)
+        return captions

@@ -35,7 +35,7 @@ class Source:
     # In the pictures' place (precompute.py): rows [N, 1 or 2 (mirrored), ...].
     made: dict[str, np.ndarray] | None = None
     rewritings: Rewritings | None = None
-    _images: list[np.ndarray] | None = None
+    _kept: list[tuple[np.ndarray, list[str]] | None] | None = None  # what `self[index]` gave, where memory holds all of it
     _captions: list[list[str]] | None = None
 
     def __init__(
@@ -61,15 +61,25 @@ class Source:
         # shard's pictures would else all become the same.
         self.stride = 1 if shards is None else _coprime(int(0.618 * len(shards)), len(shards))
         if len(records) * self.stored**2 * 3 <= config.keep_in_memory * 2**20:
-            self._load()
+            self._kept = [None] * len(records)
+            if shards is None:  # pictures are decoded when they first come: a run's first step waits for none of them
+                self._captions = records.captions()
+            else:
+                self._load()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[str]]:
         """(uint8 [H, W, 3], captions); a picture that cannot be read is replaced by the next that can."""
-        if self._images is not None and self._captions is not None:
-            return self._images[index], self._captions[index]
+        if self._kept is None:
+            return self._read(index)
+        pair = self._kept[index]
+        if pair is None:
+            pair = self._kept[index] = self._read(index)
+        return pair
+
+    def _read(self, index: int) -> tuple[np.ndarray, list[str]]:
         for step in range(len(self)):
             data, captions, _ = self.records[(index + step * self.stride) % len(self)]
             if data is None:  # of a lost shard: counted there
@@ -122,13 +132,13 @@ class Source:
 
     @property
     def in_memory(self) -> bool:
-        return self._images is not None or self.made is not None
+        return self._kept is not None or self.made is not None
 
     def _load(self) -> None:
+        """All pictures, several at a time: shards may lie far away."""
         several = [range(start, min(start + 64, len(self))) for start in range(0, len(self), 64)]
-        read = concurrently(lambda some: [self[index] for index in some], several, self.threads)
-        pairs = list(itertools.chain.from_iterable(read))
-        self._images, self._captions = [image for image, _ in pairs], [captions for _, captions in pairs]
+        for _ in concurrently(lambda some: [self[index] for index in some], several, self.threads):
+            pass
 
 
 def _coprime(start: int, to: int) -> int:

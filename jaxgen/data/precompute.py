@@ -19,7 +19,7 @@ from jaxgen.data import registry
 from jaxgen.data.config import DataConfig
 from jaxgen.data.pipeline import Source
 from jaxgen.errors import UserError
-from jaxgen.storage import Path, as_path, is_remote, write_array, write_json
+from jaxgen.storage import Path, as_path, is_remote, write_arrays, write_json
 from jaxgen.text.cache import SHARE, host_memory, in_words
 
 BATCH = 64
@@ -62,7 +62,7 @@ def precompute(
         raise UserError(f"data.precompute: {source.bad} pictures of {config.name} cannot be read: mend the set, or {MEND}")
     if jax.process_index() == 0:
         for name, value in rows.items():
-            write_array(directory / f"{name}.npy", value)
+            write_arrays(directory / f"{name}.npy", value)
         write_json(directory / "key.json", dict(key))  # last: without it the rest does not count
     return rows
 

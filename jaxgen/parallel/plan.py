@@ -27,7 +27,7 @@ from jaxgen import config as configs
 from jaxgen.errors import UserError, cli
 from jaxgen.parallel import hlo, probe, runtime
 from jaxgen.parallel.devices import TOPOLOGIES, Device, known
-from jaxgen.parallel.memory import bytes_a_device, compile_checked, free_memory, memory
+from jaxgen.parallel.memory import bytes_a_device, compile_checked
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, param_shardings, replicated
 
 # Shares of the published peaks that large products, copies and collectives are taken to reach on devices that are not at hand:
@@ -213,7 +213,8 @@ def plan(config: Any, mesh: Mesh, encoder: Any, tokens: int, where: str, *, chip
     traced = loop.jitted(parts.step, placed).trace(parts.state, parts.frozen, parts.batch)
     lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
     held = bytes_a_device((parts.state, parts.frozen))
-    compiled = compile_checked(lowered, config, mesh, held, chip and chip.memory)
+    checked = compile_checked(lowered, config, mesh, held, chip and chip.memory)
+    compiled = checked.program
     work, collectives = hlo.read(compiled.as_text())
     home = [getattr(device, "slice_index", None) for device in mesh.devices.flat]
     across = lambda c: len({home[i] for i in c.devices}) > 1  # noqa: E731
@@ -228,9 +229,9 @@ def plan(config: Any, mesh: Mesh, encoder: Any, tokens: int, where: str, *, chip
         batch=config.train.batch_size,
         accumulate=config.train.accumulate,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(parts.state.params)),
-        memory=memory(compiled),
-        state=compiled.memory_analysis().argument_size_in_bytes,
-        limit=chip.memory if chip is not None else free_memory(compiled, mesh),
+        memory=checked.memory,
+        state=checked.given,
+        limit=checked.limit,
         flops=parts.flops,
         executed=probe.flops_of(work),
         moved=sum(w.bytes * w.times for w in work),

@@ -12,22 +12,25 @@ import jax
 import numpy as np
 
 from jaxgen.errors import UserError
-from jaxgen.storage import Path, write_array, write_json
+from jaxgen.storage import Path, write_arrays
 from jaxgen.text.encoder import TextEncoder
 from jaxgen.text.features import TextFeatures
 
 GROUP = 16  # captions encoded together: more are no faster, and a batch waits for a group for each of its captions
-ARRAYS, KEY = ("hidden", "pooled", "lengths"), "key.json"
+FILE = "features.npy"
+KEEP_EVERY = 30.0  # seconds
 SHARE = 0.5  # of the host's memory that a table may take
 
 
 class Rows(NamedTuple):
-    """Captions and their features as they lie on disk: hidden [N, T, D], pooled float32 [N, D], lengths int32 [N]."""
+    """Captions and their features as they lie on disk: hidden [N, T, D], pooled float32 [N, D], lengths int32 [N]. T is the
+    states of `longest` tokens."""
 
     captions: list[str]
     hidden: np.ndarray
     pooled: np.ndarray
     lengths: np.ndarray
+    longest: int
 
 
 class CaptionTable:
@@ -35,10 +38,10 @@ class CaptionTable:
     some language models are too large for it), float32 on the way out.
 
     A caption is encoded when it is first asked for, so that a run's first step waits for few; with it others of like length,
-    so that little of the work is padding, and always the same ones, so that a run that goes on sees the same bits. When all
-    are there they are kept under `path`, with the encoder's fingerprint: what is there by the same encoder is taken from
-    there, caption by caption, and what another one wrote is not used. Several threads may use it. All processes of a run
-    make it together, and then each encodes what it meets.
+    so that little of the work is padding, and always the same ones, so that a run that goes on sees the same bits. They are
+    kept under `path`, with the encoder's fingerprint, now and then and when all are there: what is there by the same encoder
+    is taken from there, caption by caption, and what another one wrote is not used. Several threads may use it. All processes
+    of a run make it together, and then each encodes what it meets.
 
     Raises UserError, before anything is encoded, where the table would not fit into memory."""
 
@@ -54,10 +57,9 @@ class CaptionTable:
             self._rows = kept
         else:
             tokens = encoder.count([unique[i] for i in new])
-            longest = int(tokens.max())
-            width = _states(encoder, longest)
-            check_size(len(unique), width, encoder.hidden_size, host_memory())
-            self._rows = _room(unique, width, encoder, kept)
+            longest = max(int(tokens.max()), kept.longest if kept is not None else 0)
+            check_size(len(unique), _states(encoder, longest), encoder.hidden_size, host_memory())
+            self._rows = _room(unique, longest, encoder, kept)
             order = np.argsort(-tokens, kind="stable")
             for some in np.split(order, range(batch, len(order), batch)):
                 # Multiples of 4: a program more costs a second.
@@ -67,6 +69,7 @@ class CaptionTable:
         for i, (rows, _) in enumerate(self._groups):
             self._group[rows] = i
         self._left, self._told = len(new), time.monotonic()
+        self._keep = self._told + KEEP_EVERY
 
     def lookup(self, captions: Sequence[str]) -> TextFeatures:
         """float32 features of captions of the table, T the same for every call. KeyError for an unknown caption."""
@@ -75,12 +78,12 @@ class CaptionTable:
             for group in np.unique(self._group[rows]):
                 if group >= 0:
                     self._fill(*self._groups[group])
-            _, hidden, pooled, lengths = self._rows
+            hidden, pooled, lengths = self._rows[1:4]
             mask = np.arange(hidden.shape[1]) < lengths[rows, None]
             return TextFeatures(hidden[rows].astype(np.float32), pooled[rows].astype(np.float32), mask)  # ty: ignore[invalid-argument-type]
 
     def _fill(self, rows: np.ndarray, length: int) -> None:
-        captions, hidden, pooled, lengths = self._rows
+        captions, hidden, pooled, lengths, _ = self._rows
         text = self._encode([captions[i] for i in rows], length)
         states, pooled[rows], lengths[rows] = text.hidden, text.pooled, text.mask.sum(1)
         if hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
@@ -92,11 +95,21 @@ class CaptionTable:
         if time.monotonic() - self._told > 5:
             self._told = time.monotonic()
             _tell(f"encoding captions as they come: {len(captions) - self._left} of {len(captions)}")
-        if not self._left and self._path is not None and jax.process_index() == 0:
+        if (not self._left or time.monotonic() > self._keep) and self._path is not None and jax.process_index() == 0:
+            began = time.monotonic()
             try:
-                _write(self._path, self._fingerprint, self._rows)
+                _write(self._path, self._fingerprint, self._encoded())
             except UserError as error:  # they can be made again
                 _tell(f"warning: encoded captions are not kept: {error}")
+            self._keep = time.monotonic() + max(KEEP_EVERY, 20 * (time.monotonic() - began))
+
+    def _encoded(self) -> Rows:
+        """The rows that are there, whole groups of them."""
+        if not self._left:
+            return self._rows
+        there = np.flatnonzero(self._group < 0)
+        captions, hidden, pooled, lengths, longest = self._rows
+        return Rows([captions[i] for i in there], hidden[there], pooled[there], lengths[there], longest)
 
 
 def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
@@ -137,15 +150,15 @@ def _states(encoder: TextEncoder, tokens: int) -> int:
     return jax.eval_shape(encoder.apply, encoder.params, ids["input_ids"], ids["attention_mask"]).hidden.shape[1]
 
 
-def _room(captions: list[str], width: int, encoder: TextEncoder, kept: Rows | None) -> Rows:
+def _room(captions: list[str], longest: int, encoder: TextEncoder, kept: Rows | None) -> Rows:
     """A table of captions, filled as far as they are among those kept."""
-    if kept is not None:
-        width = max(width, kept.hidden.shape[1])
+    width = _states(encoder, longest)
     room = Rows(
         captions,
         np.zeros((len(captions), width, encoder.hidden_size), np.float16 if kept is None else kept.hidden.dtype),
         np.zeros((len(captions), encoder.pooled_size), np.float32),
         np.zeros(len(captions), np.int32),
+        longest,
     )
     if kept is not None:
         place = {caption: i for i, caption in enumerate(kept.captions)}
@@ -156,24 +169,19 @@ def _room(captions: list[str], width: int, encoder: TextEncoder, kept: Rows | No
 
 
 def _write(path: Path, fingerprint: str, rows: Rows) -> None:
-    for name in ARRAYS:
-        write_array(path / f"{name}.npy", getattr(rows, name))
-    # Last: without it the rest does not count.
-    write_json(path / KEY, {"fingerprint": fingerprint, "captions": rows.captions})
+    """In one file, so that a kill leaves the last one whole."""
+    key = json.dumps({"fingerprint": fingerprint, "captions": rows.captions, "longest": rows.longest})
+    write_arrays(path / FILE, np.frombuffer(key.encode(), np.uint8), rows.hidden, rows.pooled, rows.lengths)
 
 
 def _read(path: Path, fingerprint: str) -> Rows | None:
     try:
-        key = json.loads((path / KEY).read_text())
-        if key["fingerprint"] != fingerprint:
-            return None
-        arrays = []
-        for name in ARRAYS:
-            with (path / f"{name}.npy").open("rb") as file:
-                arrays.append(np.load(file))
-        if {len(array) for array in arrays} != {len(key["captions"])}:
-            return None
-        return Rows(key["captions"], *arrays)
+        with (path / FILE).open("rb") as file:
+            key = json.loads(np.load(file).tobytes())
+            if key["fingerprint"] != fingerprint:
+                return None
+            rows = Rows(key["captions"], np.load(file), np.load(file), np.load(file), key["longest"])
+        return rows if {len(part) for part in rows[1:4]} == {len(rows.captions)} else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 

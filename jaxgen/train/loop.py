@@ -23,7 +23,7 @@ from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes, served
 from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
-from jaxgen.parallel.memory import bytes_a_device, compile_checked, memory
+from jaxgen.parallel.memory import Checked, bytes_a_device, compile_checked
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype, steady_memory
 from jaxgen.storage import Path, as_path, explain, is_remote, sweep, write_bytes, write_json
@@ -243,7 +243,7 @@ def fit(
     batch = next(feed)
     compiling = time.monotonic()
     programs = Programs(jitted(step_fn, where), config, jax.tree.leaves(where)[0].mesh)
-    used = memory(programs(state, frozen, batch))
+    used = programs(state, frozen, batch).memory
     compile_s = time.monotonic() - compiling
 
     # Loop
@@ -284,7 +284,7 @@ def fit(
                 jax.block_until_ready(metrics["loss"])
             done_flops += flops(batch) * config.train.batch_size
             clock.to("restart")  # a shape that has not come before is compiled now
-            program = programs(state, frozen, batch)
+            program = programs(state, frozen, batch).program
             clock.to("step")
             state, metrics = program(state, frozen, batch)
             step += 1
@@ -348,16 +348,16 @@ class Programs:
 
     def __init__(self, step: Any, config: Any, mesh: Mesh):
         self._step, self._config, self._mesh = step, config, mesh
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Checked] = {}
 
-    def __call__(self, state: TrainState, frozen: Params, batch: Any) -> Any:
+    def __call__(self, state: TrainState, frozen: Params, batch: Any) -> Checked:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._compiled:
             began = time.monotonic()
             lowered, held = self._step.lower(state, frozen, batch), bytes_a_device((state, frozen))
             self._compiled[shapes] = compile_checked(lowered, self._config, self._mesh, held)
-            used = memory(self._compiled[shapes])
-            tell(f"compiled in {time.monotonic() - began:.1f} s; {used / 2**30:.2f} GiB a device")
+            gib = self._compiled[shapes].memory / 2**30
+            tell(f"compiled in {time.monotonic() - began:.1f} s; {gib:.2f} GiB a device")
         return self._compiled[shapes]
 
 

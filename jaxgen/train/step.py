@@ -81,7 +81,7 @@ def make_step(
         # The average follows fast at first, so that short runs are not held back by their first weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = {
-            group: jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), old, params[group])
+            group: jax.tree.map(lambda e, p, share=1.0 - decay: e + share * (p - e), old, params[group])
             for group, old in state.ema_params.items()
         }
         for group in ema:
@@ -89,8 +89,9 @@ def make_step(
                 ema[group] = {**ema[group], TEXT: adapt.averaged(ema[group][TEXT], params[group][TEXT])}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         failed = state.control["failed"]
+        good = finite & (failed < 0)
         new = TrainState(state.step + 1, params, ema, opt_state, state.control)
-        new = jax.tree.map(lambda a, b: jnp.where(finite & (failed < 0), a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         control = {**state.control, "failed": jnp.where((failed < 0) & ~finite, state.step, failed)}
         metrics["failed"] = control["failed"]
         return TrainState(new.step, new.params, new.ema_params, new.opt_state, control), metrics

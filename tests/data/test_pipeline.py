@@ -1,11 +1,12 @@
 import hashlib
 from itertools import islice
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from jaxgen.data import registry
+from jaxgen.data import builder, registry
 from jaxgen.data.config import DataConfig
 from jaxgen.data.folder import Folder, dry_run
 from jaxgen.data.pipeline import Source, batches, load_source
@@ -88,6 +89,31 @@ class Records:
         image = np.full((self.size, self.size, 3), index * 10, np.uint8)
         image[:, : self.size // 2] = 255
         return b"broken" if index in self.broken else cv2.imencode(".png", image)[1].tobytes(), [str(index)], ""
+
+    def captions(self):
+        return [self[index][1] for index in range(len(self))]
+
+
+def test_captions_are_read_without_the_records_once_they_are_listed(config, source, monkeypatch):
+    captions = [source.captions_of(i) for i in range(len(source))]
+    assert captions == [source[i][1] for i in range(len(source))]
+    listed = next(Path(config.dir).rglob("captions-train.json"))
+    for broken in ("[", "[[]]"):  # half written, and another set's
+        listed.write_text(broken)
+        assert list(load_source(config).captions()) == list(source.captions())
+    monkeypatch.setattr(builder.Records, "__getitem__", lambda self, index: pytest.fail("a record was read"))
+    assert list(load_source(config).captions()) == list(source.captions())
+
+
+def test_a_picture_that_memory_holds_is_decoded_once(monkeypatch):
+    source, records = Source(DataConfig(image_size=24), Records({4})), []
+    monkeypatch.setattr(
+        Records, "__getitem__", lambda self, index, read=Records.__getitem__: records.append(index) or read(self, index)
+    )
+    for _ in range(2):
+        assert [source[index][1] for index in (3, 4)] == [["3"], ["5"]]
+    assert records == [3, 4, 5]
+    assert source.bad == 1
 
 
 def test_an_unreadable_picture_is_replaced_by_the_next_and_counted():

@@ -126,6 +126,9 @@ class Records:
     def __getitem__(self, index):
         return self.rows[index]
 
+    def captions(self):
+        return [self[index][1] for index in range(len(self))]
+
 
 def make(frozen, image):
     return FLOW.precompute(frozen, to_float(image))

@@ -81,7 +81,7 @@ def test_what_is_there_is_taken_and_only_the_rest_encoded(source, encoder, tmp_p
     agree(CaptionTable(other, CAPTIONS, path), other, CAPTIONS)
     assert len(encoded) == 3
     assert len(encoded[-1]) == 5
-    (path / "hidden.npy").write_bytes((path / "hidden.npy").read_bytes()[:-100])
+    (path / cache.FILE).write_bytes((path / cache.FILE).read_bytes()[:-100])
     agree(CaptionTable(other, CAPTIONS, path), other, CAPTIONS)
     assert len(encoded) == 4
 
@@ -94,14 +94,33 @@ def test_only_what_is_asked_for_is_encoded_with_its_like(encoder, tmp_path, enco
     assert not encoded
     late = table.lookup(captions[size : size + 2])
     assert len(encoded) == 1
-    assert not (path / "key.json").exists()
+    assert not (path / cache.FILE).exists()
     table.lookup(captions[size : 2 * size])
     other = CaptionTable(encoder, captions, path)
     np.testing.assert_array_equal(other.lookup([*captions, ""]).hidden[size : size + 2], late.hidden)  # whatever came before
-    assert (path / "key.json").exists()
+    assert (path / cache.FILE).exists()
     count = len(encoded)
     np.testing.assert_array_equal(CaptionTable(encoder, captions, path).lookup(captions).hidden, other.lookup(captions).hidden)
     assert len(encoded) == count
+
+
+def test_what_was_encoded_before_a_kill_is_kept_and_the_rest_the_same(encoder, tmp_path, encoded, monkeypatch):
+    """Groups of three lengths, the longest of which is cut short; a run that goes on must see the bits it would have seen."""
+    monkeypatch.setattr(cache, "GROUP", 1)
+    size = len(jax.devices())
+    captions = [" ".join(["red"] * (1 + 3 * (i // size))) + f" {'abcdefgh'[i % size]}" for i in range(3 * size)]
+    wanted = whole(encoder, captions).lookup(captions)
+    for first in range(3):
+        path = as_path(tmp_path / str(first))
+        monkeypatch.setattr(cache, "KEEP_EVERY", 0.0)
+        CaptionTable(encoder, captions, path).lookup(captions[first * size : (first + 1) * size])
+        monkeypatch.setattr(cache, "KEEP_EVERY", 1e9)
+        del encoded[:]
+        again = CaptionTable(encoder, captions, path)
+        np.testing.assert_array_equal(again.lookup(captions).hidden, wanted.hidden)
+        again.lookup([""])
+        assert len(encoded) == 3  # with the empty caption's, which is alone
+        assert len(CaptionTable(encoder, captions, path)._groups) == 0
 
 
 def test_several_threads_encode_nothing_twice(encoder, encoded):
@@ -116,10 +135,10 @@ def test_several_threads_encode_nothing_twice(encoder, encoded):
 
 
 def test_a_full_disk_costs_the_cache_alone(encoder, tmp_path, monkeypatch, capsys):
-    def full(path, value):
+    def full(path, *values):
         raise UserError("the disk is full")
 
-    monkeypatch.setattr(cache, "write_array", full)
+    monkeypatch.setattr(cache, "write_arrays", full)
     agree(CaptionTable(encoder, CAPTIONS, as_path(tmp_path)), encoder, [*CAPTIONS, ""])
     assert "warning: encoded captions are not kept: the disk is full" in capsys.readouterr().err
 
