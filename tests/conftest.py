@@ -14,6 +14,7 @@ os.environ["NPROC"] = "16"  # threads for eight devices that wait for each other
 # Workers, subprocesses and the next run compile no program twice.
 CACHE = Path(__file__).parent.parent / ".pytest_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+os.environ["JAXGEN_KEEP_PROGRAMS"] = "0"  # a test that has changed a function is to trace it
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Nor the sources of JAX and the rest, which takes twice as long as to import them; where bytecode is unwanted it stays in here.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):

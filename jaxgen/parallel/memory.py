@@ -33,6 +33,11 @@ def compile_checked(lowered: Any, config: Any, mesh: Mesh, held: int, limit: flo
             raise
         needed, there = told(str(error), held) or (None, limit)
         raise UserError(too_large(config, mesh, held, needed, there)) from None
+    return checked(compiled, config, mesh, held, limit)
+
+
+def checked(compiled: Any, config: Any, mesh: Mesh, held: int, limit: float | None = None) -> Checked:
+    """What compile_checked does once it has compiled."""
     m = compiled.memory_analysis()  # which takes a quarter of a second for thousands of kernels
     given = m.argument_size_in_bytes
     used = given + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes

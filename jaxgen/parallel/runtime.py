@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.errors import UserError
+from jaxgen.storage import as_path, sweep
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"  # of a Google Cloud machine
 
@@ -60,6 +61,7 @@ def sweep_programs(cache: Path) -> None:
     again: at every start it would read such a one in vain, and compile."""
     stamp, now = cache / ".swept", time.time()  # what is older than the stamp has been found whole
     with contextlib.suppress(OSError):
+        sweep(as_path(cache))
         since = stamp.stat().st_mtime if stamp.exists() else 0.0
         for file in cache.glob("*-cache"):
             if file.stat().st_mtime >= since and not is_whole(file.read_bytes()):

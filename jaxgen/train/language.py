@@ -28,6 +28,7 @@ from jaxgen.data.pipeline import Source, batches, to_device
 from jaxgen.errors import UserError
 from jaxgen.families.base import Losses
 from jaxgen.nn.module import Params, bind, dtype_of, flatten, init_params, logical_axes
+from jaxgen.parallel.kept import KeptProgram
 from jaxgen.parallel.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, on_mesh, param_shardings
 from jaxgen.parallel.runtime import compute_dtype
 from jaxgen.storage import Path, as_path, copy_whole, read_text, write_json, write_text
@@ -38,7 +39,7 @@ from jaxgen.text.expand import continued
 from jaxgen.text.generate import LanguageModel, save_language_model
 from jaxgen.train.checkpoints import Checkpoints
 from jaxgen.train.config import EvalConfig, OptimizerConfig, TrainConfig
-from jaxgen.train.loop import claim, fit, is_finished, step_of, tell
+from jaxgen.train.loop import claim, fit, is_finished, step_of, tell, traced_from
 from jaxgen.train.optimizers import make_optimizer
 from jaxgen.train.state import TrainState, abstract_state, create, fresh
 
@@ -198,6 +199,8 @@ def _run(
     began: float,
     profile: bool,
 ) -> None:
+    kept = KeptProgram(config, mesh, traced_from(configs.to_dict(config)))
+
     # Input
     start = LanguageModel(pretrained)
     start.tokenizer.fit(pretrained.architecture.vocab_size)
@@ -290,6 +293,7 @@ def _run(
             frozen,
             to_device(feed(Texts(rows), config.seed, int(state.step)), batch_sharding(mesh), ready),
             where=where,
+            kept=kept,
             checkpoints=checkpoints,
             control=control,
             marks={"text_fingerprint": mark},

@@ -1,6 +1,7 @@
 """A run from its configuration to its last checkpoint; the same call again goes on where it stopped."""
 
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -23,7 +24,8 @@ from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes, served
 from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
-from jaxgen.parallel.memory import Checked, bytes_a_device, compile_checked
+from jaxgen.parallel.kept import KeptProgram, hits
+from jaxgen.parallel.memory import Checked, bytes_a_device, checked, compile_checked
 from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
 from jaxgen.parallel.runtime import compute_dtype, steady_memory
 from jaxgen.storage import Path, as_path, explain, is_remote, sweep, write_bytes, write_json
@@ -72,6 +74,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     if config.eval.every:
         check_metric(config, scores_of(config))
     claim(workdir, config)
+    kept = KeptProgram(config, mesh, traced_from(configs.to_dict(config)))
 
     # Input
     encoder = config.text.load(mesh)
@@ -141,6 +144,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
         frozen,
         feed,
         where=where,
+        kept=kept,
         checkpoints=checkpoints,
         control=control,
         marks={"text_fingerprint": encoder.fingerprint, "frozen_fingerprint": marks, "rewritten": reworded},
@@ -223,6 +227,7 @@ def fit(
     feed: Iterator[Any],
     *,
     where: Any,
+    kept: KeptProgram,
     checkpoints: Checkpoints,
     control: dict[str, Any],
     marks: dict[str, Any],
@@ -242,7 +247,7 @@ def fit(
     step = first = int(state.step)
     batch = next(feed)
     compiling = time.monotonic()
-    programs = Programs(jitted(step_fn, where), config, jax.tree.leaves(where)[0].mesh)
+    programs = Programs(jitted(step_fn, where), config, jax.tree.leaves(where)[0].mesh, kept, json.dumps(marks))
     used = programs(state, frozen, batch).memory
     compile_s = time.monotonic() - compiling
 
@@ -344,21 +349,40 @@ def fit(
 
 
 class Programs:
-    """The compiled step, one for each shape of batch that comes. Raises UserError where one does not fit into memory."""
+    """The compiled step, one for each shape of batch that comes; the first may be kept from an earlier start with the same
+    marks. Raises UserError where one does not fit into memory."""
 
-    def __init__(self, step: Any, config: Any, mesh: Mesh):
-        self._step, self._config, self._mesh = step, config, mesh
+    def __init__(self, step: Any, config: Any, mesh: Mesh, kept: KeptProgram, marks: str):
+        self._step, self._config, self._mesh, self._kept, self._marks = step, config, mesh, kept, marks
         self._compiled: dict[Any, Checked] = {}
 
     def __call__(self, state: TrainState, frozen: Params, batch: Any) -> Checked:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._compiled:
-            began = time.monotonic()
-            lowered, held = self._step.lower(state, frozen, batch), bytes_a_device((state, frozen))
-            self._compiled[shapes] = compile_checked(lowered, self._config, self._mesh, held)
-            gib = self._compiled[shapes].memory / 2**30
-            tell(f"compiled in {time.monotonic() - began:.1f} s; {gib:.2f} GiB a device")
+            began, arguments = time.monotonic(), (state, frozen, batch)
+            known = self._config, self._mesh, bytes_a_device((state, frozen))
+            found = None if self._compiled else self._kept.get(arguments, self._marks)
+            if found is not None:
+                made = checked(found, *known)
+            else:
+                with hits() as read:
+                    made = compile_checked(self._step.lower(*arguments), *known)
+                # What JAX has read from its cache XLA cannot write again: its functions would be missing.
+                if not (self._compiled or read):
+                    self._kept.keep(made.program, arguments, self._marks)
+            self._compiled[shapes] = made
+            how = "compiled" if found is None else "taken from an earlier start"
+            tell(f"{how} in {time.monotonic() - began:.1f} s; {made.memory / 2**30:.2f} GiB a device")
         return self._compiled[shapes]
+
+
+def traced_from(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration that a step can hang on; for the mesh and its devices see KeptProgram."""
+    return {
+        name: traced_from(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if not f"{prefix}{name}".startswith(MAY_CHANGE)
+    }
 
 
 def is_finished(config: Any, workdir: Path, step: int, control: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ def environment(place, devices=2):
     keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     keep |= {"XLA_FLAGS": XLA_FLAGS}
     mine = {"JAXGEN_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "PYTHONPATH": str(ROOT)}
-    return keep | mine
+    return keep | mine | {"JAXGEN_KEEP_PROGRAMS": "1"}
 
 
 def weights(workdir):

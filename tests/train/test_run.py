@@ -116,7 +116,9 @@ def test_a_killed_run_goes_on_bit_for_bit(place, finished):
     process.wait()
     half = place / "killed" / f".metrics.jsonl.k1l{PART}"
     half.write_text('{"step": 10')
-    assert train(place, "killed").returncode == 0
+    again = train(place, "killed")
+    assert again.returncode == 0
+    assert "taken from an earlier start" in again.stdout  # what the first run of this configuration compiled
     assert_same(place / "killed", finished)
     assert not half.exists()
 
