@@ -5,6 +5,7 @@
 The same command again goes on where the run stopped."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main() -> None:
     args = parser.parse_args(rest)
     path = path or "configs/quickstart.py"
     from jaxgen.parallel import runtime
+    from jaxgen.parallel.kept import SWITCH
 
     runtime.require(("optax", "orbax", "grain", "tensorflow_datasets", "cv2", "tensorboardX"), "train")
     config = configs.load(path, overrides)
@@ -31,6 +33,7 @@ def main() -> None:
         return dry_run(config)
 
     # Devices
+    os.environ.setdefault(SWITCH, "1")
     runtime.start(allow_cpu=args.allow_cpu)
     print(runtime.describe(runtime.compute_dtype(config.train.compute_dtype)), flush=True)
 

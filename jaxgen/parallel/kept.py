@@ -27,7 +27,7 @@ from jaxgen.errors import UserError
 from jaxgen.storage import Path, as_path, write_bytes
 
 HIT = "/jax/compilation_cache/cache_hits"
-SWITCH = "JAXGEN_KEEP_PROGRAMS"  # 0: every start traces, as it has to where code other than jaxgen's is changed by hand
+SWITCH = "JAXGEN_KEEP_PROGRAMS"  # train.py sets it to 1: in a notebook functions may have been replaced
 PACKAGES = ("jax", "jaxlib", "numpy", "optax")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC")
 
@@ -89,7 +89,7 @@ def place(config: Any, traced_from: dict[str, Any]) -> Path | None:
     """The file of the program, beside JAX's own; None where none is to be kept. Several processes would have to find it all
     or none, and of a configuration with classes that are not jaxgen's the sources are not known."""
     cache = jax.config.values["jax_compilation_cache_dir"]
-    kept = os.environ.get(SWITCH, "1") != "0" and jax.process_count() == 1 and ours(config)
+    kept = os.environ.get(SWITCH, "0") != "0" and jax.process_count() == 1 and ours(config)
     if not kept or not cache or "://" in cache:
         return None
     return as_path(cache) / f"step-{hashlib.sha256(said(traced_from)).hexdigest()[:32]}"
