@@ -58,8 +58,9 @@ class CaptionTable:
         else:
             tokens = encoder.count([unique[i] for i in new])
             longest = max(int(tokens.max()), kept.longest if kept is not None else 0)
-            check_size(len(unique), _states(encoder, longest), encoder.hidden_size, host_memory())
-            self._rows = _room(unique, longest, encoder, kept)
+            width = _states(encoder, longest)
+            check_size(len(unique), width, encoder.hidden_size, host_memory())
+            self._rows = _room(unique, width, longest, encoder, kept)
             order = np.argsort(-tokens, kind="stable")
             for some in np.split(order, range(batch, len(order), batch)):
                 # Multiples of 4: a program more costs a second.
@@ -150,9 +151,8 @@ def _states(encoder: TextEncoder, tokens: int) -> int:
     return jax.eval_shape(encoder.apply, encoder.params, ids["input_ids"], ids["attention_mask"]).hidden.shape[1]
 
 
-def _room(captions: list[str], longest: int, encoder: TextEncoder, kept: Rows | None) -> Rows:
+def _room(captions: list[str], width: int, longest: int, encoder: TextEncoder, kept: Rows | None) -> Rows:
     """A table of captions, filled as far as they are among those kept."""
-    width = _states(encoder, longest)
     room = Rows(
         captions,
         np.zeros((len(captions), width, encoder.hidden_size), np.float16 if kept is None else kept.hidden.dtype),
