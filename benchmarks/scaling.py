@@ -74,7 +74,7 @@ class Side:
         from jaxgen.families.transformer import Transformer
         from jaxgen.parallel import hlo, plan
         from jaxgen.parallel.mesh import MeshConfig, make_mesh
-        from jaxgen.train import loop
+        from jaxgen.train import fit
         from jaxgen.train.config import OptimizerConfig, RunConfig, TrainConfig
 
         p = Point(*point)
@@ -87,7 +87,7 @@ class Side:
         mesh, encoder = make_mesh(MeshConfig(p.data, p.fsdp, 1), jax.devices()[: p.devices]), config.text.load()
         parts = plan.abstract(config, mesh, encoder, jnp.float32, TOKENS)
         where = jax.tree.map(lambda leaf: leaf.sharding, parts.state)
-        compiled = loop.jitted(parts.step, where).lower(parts.state, parts.frozen, parts.batch).compile()
+        compiled = fit.jitted(parts.step, where).lower(parts.state, parts.frozen, parts.batch).compile()
         _, collectives = hlo.read(compiled.as_text())
         self.facts[variant] = {
             "flops": parts.flops,

@@ -26,7 +26,7 @@ from jaxgen.families.unet import UNet
 from jaxgen.nn.module import flatten
 from jaxgen.parallel.mesh import MeshConfig
 from jaxgen.storage import as_path, write_text
-from jaxgen.train import loop
+from jaxgen.train import fit, loop
 from jaxgen.train.config import EvalConfig, RunConfig, SampleConfig, TrainConfig
 from jaxgen.train.goodput import TOLD
 
@@ -185,7 +185,7 @@ def train(root, name="run", stop_at=None, **more):
         sample=SampleConfig(prompts=PROMPTS, every=4, num_steps=3),
         eval=EvalConfig(every=4, count=8),
     )
-    tell = loop.tell
+    tell = fit.tell
 
     def tell_and_stop(line):
         tell(line)
@@ -193,7 +193,7 @@ def train(root, name="run", stop_at=None, **more):
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "tell", tell_and_stop)
+        patch.setattr(fit, "tell", tell_and_stop)
         loop.run(config, as_path(f"{root}/{name}"))
 
 
@@ -300,7 +300,7 @@ def test_a_run_starts_from_weights_in_the_store(bucket, capsys):
 
 
 def test_a_profile_goes_to_the_store(store, capsys):
-    trace = loop.Trace(as_path("gs://bucket/profiled"), start=3)
+    trace = fit.Trace(as_path("gs://bucket/profiled"), start=3)
     for step in range(1, 14):
         trace.at(step, jax.numpy.ones(()) * step)
     assert capsys.readouterr().out == "profile in gs://bucket/profiled/profile\n"

@@ -202,7 +202,7 @@ def plan(config: Any, mesh: Mesh, encoder: Any, tokens: int, where: str, *, chip
     """The plan of a configuration on a mesh, by the published figures of `chip` or, without one, as measured on this machine.
 
     steps: how many to run for comparison, on made-up data. Raises UserError where it does not fit."""
-    from jaxgen.train import loop
+    from jaxgen.train.fit import jitted
 
     config = dataclasses.replace(config, family=config.family.resolve())
     check_batch(config.train.batch_size, mesh, config.train.accumulate)
@@ -210,7 +210,7 @@ def plan(config: Any, mesh: Mesh, encoder: Any, tokens: int, where: str, *, chip
     dtype = jnp.dtype(jnp.bfloat16 if auto else runtime.compute_dtype(config.train.compute_dtype))
     parts = abstract(config, mesh, encoder, dtype, tokens)
     placed = jax.tree.map(lambda leaf: leaf.sharding, parts.state)
-    traced = loop.jitted(parts.step, placed).trace(parts.state, parts.frozen, parts.batch)
+    traced = jitted(parts.step, placed).trace(parts.state, parts.frozen, parts.batch)
     lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
     held = bytes_a_device((parts.state, parts.frozen))
     checked = compile_checked(lowered, config, mesh, held, chip and chip.memory)

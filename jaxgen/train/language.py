@@ -39,9 +39,12 @@ from jaxgen.text.expand import continued
 from jaxgen.text.generate import LanguageModel, save_language_model
 from jaxgen.train.checkpoints import Checkpoints
 from jaxgen.train.config import EvalConfig, OptimizerConfig, TrainConfig
-from jaxgen.train.loop import claim, fit, is_finished, step_of, tell, traced_from
+from jaxgen.train.fit import fit
+from jaxgen.train.logging import tell
+from jaxgen.train.loop import step_of
 from jaxgen.train.optimizers import make_optimizer
 from jaxgen.train.state import TrainState, abstract_state, create, fresh
+from jaxgen.train.workdir import claim, is_finished, traced_from
 
 HELD_OUT = 20  # of a plain text one example in so many, chosen by what it says, is for validation
 Rows = list[list[int]]
@@ -199,7 +202,7 @@ def _run(
     began: float,
     profile: bool,
 ) -> None:
-    kept = KeptProgram(config, mesh, traced_from(configs.to_dict(config)))
+    kept = KeptProgram(config, mesh, traced_from(config))
 
     # Input
     start = LanguageModel(pretrained)

@@ -171,6 +171,11 @@ def peak_flops() -> float | None:
     return device and device.flops
 
 
+def tell(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
 def progress_line(step: int, steps: int, values: dict[str, Any]) -> str:
     """What the screen shows: step, loss, speed, time left."""
     left = (steps - step) * values["step_ms"] / 1000

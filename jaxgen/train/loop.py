@@ -1,14 +1,9 @@
 """A run from its configuration to its last checkpoint; the same call again goes on where it stopped."""
 
 import dataclasses
-import json
-import logging
-import os
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,42 +19,24 @@ from jaxgen.errors import UserError
 from jaxgen.families.base import Shapes, served
 from jaxgen.model import check_frozen, fingerprints, read_weights
 from jaxgen.nn.module import Params, flatten, unflatten
-from jaxgen.parallel.kept import KeptProgram, hits
-from jaxgen.parallel.memory import Checked, bytes_a_device, checked, compile_checked
-from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, on_mesh, replicated
-from jaxgen.parallel.runtime import compute_dtype, steady_memory
-from jaxgen.storage import Path, as_path, explain, is_remote, sweep, write_bytes, write_json
+from jaxgen.parallel.kept import KeptProgram
+from jaxgen.parallel.mesh import batch_sharding, check_batch, make_mesh, replicated
+from jaxgen.parallel.runtime import compute_dtype
+from jaxgen.storage import Path, as_path, write_json
 from jaxgen.text import TextEncoder
 from jaxgen.text.adapt import keep_frozen, text_of, with_text
 from jaxgen.text.cache import CaptionTable
-from jaxgen.train.checkpoints import Checkpoints, read_config
+from jaxgen.train.checkpoints import Checkpoints
 from jaxgen.train.config import RunConfig
-from jaxgen.train.evaluation import Evaluator, check_metric, keep_best, scores_of
-from jaxgen.train.goodput import Goodput
-from jaxgen.train.logging import Log, duration, peak_flops, progress_line
-from jaxgen.train.optimizers import make_optimizer, same_until
+from jaxgen.train.evaluation import Evaluator, check_metric, scores_of
+from jaxgen.train.fit import fit
+from jaxgen.train.logging import tell
+from jaxgen.train.optimizers import make_optimizer
 from jaxgen.train.state import TrainState, abstract_state, create, fresh
 from jaxgen.train.step import Step, make_step, to_float
-from jaxgen.train.stopping import stopping
+from jaxgen.train.workdir import claim, is_finished, traced_from
 
 FOR_TABLES = 1_000_000  # pictures: the captions of more are not encoded ahead, on a CPU either
-
-# What may differ between the command that began a run and the one that goes on: none of it changes a step's numbers.
-MAY_CHANGE = (
-    "mesh.",
-    "sample.",
-    "eval.",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "data.dir",
-    "data.source",
-    "data.threads",
-    "data.keep_in_memory",
-    "data.max_bad",
-    "data.max_bad_shards",
-    "family.codec.source",  # moved; that it is the same one is seen by its fingerprint
-)
 
 
 def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
@@ -74,7 +51,7 @@ def run(config: RunConfig, workdir: Path, *, profile: bool = False) -> None:
     if config.eval.every:
         check_metric(config, scores_of(config))
     claim(workdir, config)
-    kept = KeptProgram(config, mesh, traced_from(configs.to_dict(config)))
+    kept = KeptProgram(config, mesh, traced_from(config))
 
     # Input
     encoder = config.text.load(mesh)
@@ -212,187 +189,6 @@ def encodes_in_step(config: RunConfig, platform: str, pictures: int = 0) -> bool
     return wanted or config.text.adapted or not config.family.draws  # captions that nobody reads cost nothing there
 
 
-def jitted(step: Step, where: Any) -> Any:
-    """The step as it is compiled, for a state laid out as `where`, whose arrays it takes over."""
-    mesh = jax.tree.leaves(where)[0].mesh
-    return jax.jit(on_mesh(mesh, step), donate_argnums=0, out_shardings=(where, replicated(mesh)))
-
-
-def fit(
-    config: Any,
-    workdir: Path,
-    step_fn: Step,
-    state: TrainState,
-    frozen: Params,
-    feed: Iterator[Any],
-    *,
-    where: Any,
-    kept: KeptProgram,
-    checkpoints: Checkpoints,
-    control: dict[str, Any],
-    marks: dict[str, Any],
-    flops: Callable[[Any], float],
-    evaluate: Callable[[TrainState], dict[str, float]],
-    draw: Callable[[TrainState, int, Log], None] | None,
-    use: str,
-    began: float,
-    unit: str = "images",
-    profile: bool = False,
-) -> TrainState:
-    """The loop of a run from a state laid out as `where`, whose arrays it takes over, on batches of `feed`: the last state.
-
-    config: has the sections train, sample, eval and mesh. marks: of what the state belongs to, kept with each checkpoint.
-    flops: of one example of a batch in a step. draw: what is looked at every sample.every steps. use: what a finished run is
-    for. unit: what an example is called. began: when the run did, by time.monotonic."""
-    step = first = int(state.step)
-    batch = next(feed)
-    compiling = time.monotonic()
-    programs = Programs(jitted(step_fn, where), config, jax.tree.leaves(where)[0].mesh, kept, json.dumps(marks))
-    used = programs(state, frozen, batch).memory
-    compile_s = time.monotonic() - compiling
-
-    # Loop
-    log = Log(workdir, step, configs.to_dict(config))
-    clock = Goodput(began, control["spent"], log.last)
-    log.write(step, {"compile_s": compile_s, "peak_memory_bytes": used, "startup_s": time.monotonic() - began, **clock.told()})
-    hush_writers()
-    trace = Trace(workdir, first + 10) if profile else None
-    metrics: dict[str, jax.Array] = {}
-
-    def save(metrics: dict[str, float] | None = None) -> None:
-        clock.to("save")
-        control["spent"] = clock.seconds()
-        log.flush()
-        meta = {"control": control, **marks, "config": configs.to_dict(config)}
-        checkpoints.wait()
-        _ = checkpoints.failed  # an earlier failure has been told: whether the run ends well, its last checkpoint decides
-        checkpoints.save(state, meta, metrics)
-        clock.to("step")
-
-    def stop_if_failed(metrics: dict[str, Any]) -> None:
-        if int(metrics["failed"]) >= 0:
-            log.flush()
-            checkpoints.close()
-            raise UserError(
-                # Steps are counted from one here, as in metrics.jsonl.
-                f"the loss or gradient of step {int(metrics['failed']) + 1} is not finite; nothing of it was saved. "
-                "Lower optimizer.learning_rate or optimizer.clip_norm and go on from the last checkpoint in another --workdir"
-                " (train.init_from)"
-            )
-
-    with steady_memory(), stopping() as asked_to_stop:
-        clock.to("step")
-        since, since_step, done_flops = time.monotonic(), step, 0.0
-        while step < config.train.steps and not control["stopped"]:
-            if metrics:
-                # One step in flight besides the running one: enough to hide the host's work, and no pile-up on a CPU.
-                jax.block_until_ready(metrics["loss"])
-            done_flops += flops(batch) * config.train.batch_size
-            clock.to("restart")  # a shape that has not come before is compiled now
-            program = programs(state, frozen, batch).program
-            clock.to("step")
-            state, metrics = program(state, frozen, batch)
-            step += 1
-            if trace is not None:
-                trace.at(step, metrics)
-            last, stops = step == config.train.steps, asked_to_stop(step)
-            if not (last or stops):
-                batch = next(feed)
-            if step % config.train.log_every == 0 or last or stops:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                stop_if_failed(values)
-                now = time.monotonic()
-                ms = (now - since) * 1000 / (step - since_step)
-                rate = done_flops / (now - since)
-                values |= {"step_ms": ms, f"{unit}_per_sec": config.train.batch_size * 1000 / ms, "gflops": rate / 1e9}
-                peak = peak_flops()
-                if peak is not None:
-                    values["mfu"] = rate / (peak * jax.device_count())
-                values.pop("failed")
-                log.write(step, values | clock.told())
-                tell(progress_line(step, config.train.steps, values))
-                since, since_step, done_flops = time.monotonic(), step, 0.0
-            scores = None
-            clock.to("look")
-            if config.eval.every and (step % config.eval.every == 0 or last) and not stops:
-                stop_if_failed(metrics)
-                scores = evaluate(state)
-                log.write(step, scores)
-                tell(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-                keep_best(control, config, scores)
-            if draw is not None and (step % config.sample.every == 0 or last) and not stops:
-                stop_if_failed(metrics)
-                draw(state, step, log)
-            clock.to("step")
-            if step % config.train.checkpoint_every == 0 or last or stops or scores is not None:
-                stop_if_failed(metrics)
-                save(scores)
-            if scores is not None or step % config.sample.every == 0:
-                since, since_step, done_flops = time.monotonic(), step, 0.0
-            if stops:
-                break
-        clock.to("save")
-        done = checkpoints.wait() and not checkpoints.failed
-    log.flush()
-    checkpoints.close()
-    if trace is not None:
-        trace.close()
-    if not done:
-        raise UserError(f"the last checkpoint of {workdir} could not be written (see above); run the same command again")
-    if step < config.train.steps and not control["stopped"]:
-        tell(f"stopped at step {step} and saved; the same command goes on from here")
-    else:
-        spent, share = sum(clock.seconds().values()), clock.told()["goodput"]
-        why = f": {config.eval.metric} has not improved for {config.eval.patience} evaluations" if control["stopped"] else ""
-        tell(f"finished at step {step} after {duration(spent)} ({share:.0%} of it in steps){why}; {use}")
-    return state
-
-
-class Programs:
-    """The compiled step, one for each shape of batch that comes; the first may be kept from an earlier start with the same
-    marks. Raises UserError where one does not fit into memory."""
-
-    def __init__(self, step: Any, config: Any, mesh: Mesh, kept: KeptProgram, marks: str):
-        self._step, self._config, self._mesh, self._kept, self._marks = step, config, mesh, kept, marks
-        self._compiled: dict[Any, Checked] = {}
-
-    def __call__(self, state: TrainState, frozen: Params, batch: Any) -> Checked:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shapes not in self._compiled:
-            began, arguments = time.monotonic(), (state, frozen, batch)
-            known = self._config, self._mesh, bytes_a_device((state, frozen))
-            found = None if self._compiled else self._kept.get(arguments, self._marks)
-            if found is not None:
-                made = checked(found, *known)
-            else:
-                with hits() as read:
-                    made = compile_checked(self._step.lower(*arguments), *known)
-                # What JAX has read from its cache XLA cannot write again: its functions would be missing.
-                if not (self._compiled or read):
-                    self._kept.keep(made.program, arguments, self._marks)
-            self._compiled[shapes] = made
-            how = "compiled" if found is None else "taken from an earlier start"
-            tell(f"{how} in {time.monotonic() - began:.1f} s; {made.memory / 2**30:.2f} GiB a device")
-        return self._compiled[shapes]
-
-
-def traced_from(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a configuration that a step can hang on; for the mesh and its devices see KeptProgram."""
-    return {
-        name: traced_from(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if not f"{prefix}{name}".startswith(MAY_CHANGE)
-    }
-
-
-def is_finished(config: Any, workdir: Path, step: int, control: dict[str, Any]) -> bool:
-    """Whether a run has nothing left to do, which is told."""
-    done = step >= config.train.steps or control["stopped"]
-    if done:
-        tell(f"{workdir} is finished (step {step}); raise train.steps or choose another --workdir")
-    return done
-
-
 def precomputed(config: RunConfig, source: Source, frozen: Params) -> dict[str, np.ndarray] | None:
     """What the family makes of the pictures, from files beside the set; None where it sees them, or makes it in the step."""
     if not precomputes(config, jax.default_backend(), bool(source.changing)):
@@ -408,47 +204,6 @@ def precomputes(config: RunConfig, platform: str, changing: bool) -> bool:
     cropped at random or of several shapes."""
     wanted = config.data.precompute if config.data.precompute is not None else platform == "cpu" and not changing
     return wanted and getattr(config.family, "codec", None) is not None
-
-
-def tell(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)
-
-
-def claim(workdir: Path, config: Any) -> None:
-    """Makes the directory, or clears it of what a killed run had begun to write; raises UserError where it cannot be written
-    or holds another run's checkpoints."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain(error, workdir) from error
-    if not is_remote(workdir) and not os.access(workdir, os.W_OK):
-        raise UserError(f"no permission to write {workdir}: choose a directory of your own")
-    previous = read_config(workdir)
-    steps = Checkpoints(workdir, keep=None).steps() if previous is not None else []
-    if previous is not None and steps:  # else it came to nothing
-        check_same(workdir, previous, config, max(steps))
-    if jax.process_index() == 0:
-        for directory in (workdir, workdir / "samples"):
-            sweep(directory)
-
-
-def check_same(workdir: Path, previous: dict[str, Any], config: Any, step: int) -> None:
-    """Raises UserError where the directory's config.json says something else, for what a run at this step hangs on."""
-    there = configs.from_dict(type(config), previous, f"{workdir}/config.json")  # what is newer has its default
-    lengths = there.train.steps, config.train.steps
-    alike = lambda: not config.text.adapt.scheduled and same_until(config.optimizer, *lengths, step)  # noqa: E731
-    changed = [
-        f"{name} ({old} there, {new} here)"
-        for name, old, new in configs.differences(configs.to_dict(there), configs.to_dict(config))
-        if not name.startswith(MAY_CHANGE) and not (name == "train.steps" and alike())
-    ]
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Choose another --workdir, or change "
-            f"only what may differ: {', '.join(name.rstrip('.') for name in MAY_CHANGE)} (and train.steps where the rate up to "
-            f"step {step} stays the same: optimizer.schedule=constant, or trapezoid before its fall)"
-        )
 
 
 def featurize(encoder: TextEncoder, table: CaptionTable | None, source: Source) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -510,44 +265,3 @@ def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: A
     params = jax.tree.map(lambda p, s: jax.device_put(np.asarray(p), s), params, where.params)
     ema = jax.tree.map(jnp.copy, {group: params[group] for group in state.ema_params})
     return TrainState(state.step, params, ema, state.opt_state, state.control)
-
-
-def hush_writers() -> None:
-    """From now on a write that fails is told once, by Checkpoints, and not by a traceback of each of Orbax's threads."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    shown = sys.unraisablehook
-
-    def hook(raised: Any) -> None:
-        # TensorStore's callbacks into the event loop of a write that has been given up.
-        if str(raised.exc_value) != "Event loop is closed":
-            shown(raised)
-
-    sys.unraisablehook = hook
-
-
-class Trace:
-    """A profiler trace of ten steps into workdir/profile; for a remote one it is written here and copied whole."""
-
-    def __init__(self, workdir: Path, start: int):
-        self._target, self._start, self._on = workdir / "profile", start, False
-        self._directory = tempfile.mkdtemp(prefix="jaxgen-profile-") if is_remote(workdir) else os.fspath(self._target)
-
-    def at(self, step: int, metrics: Any) -> None:
-        if step == self._start:
-            jax.block_until_ready(metrics)
-            jax.profiler.start_trace(self._directory)
-            self._on = True
-        elif step == self._start + 10:
-            jax.block_until_ready(metrics)
-            self.close()
-
-    def close(self) -> None:
-        if self._on:
-            jax.profiler.stop_trace()
-            self._on = False
-            for directory, _, files in os.walk(self._directory) if is_remote(self._target) else ():
-                for file in files:
-                    path = os.path.join(directory, file)
-                    write_bytes(self._target / os.path.relpath(path, self._directory), as_path(path).read_bytes())
-            tell(f"profile in {self._target}")

@@ -32,9 +32,10 @@ from jaxgen.parallel.mesh import MeshConfig
 from jaxgen.storage import as_path
 from jaxgen.text.config import TextConfig
 from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig
-from jaxgen.train.loop import claim, run
+from jaxgen.train.loop import run
 from jaxgen.train.loop import seen as seen_by_step
 from jaxgen.train.step import to_float, with_floats
+from jaxgen.train.workdir import claim
 from tests.families.test_flow import Oracle, text
 from tests.train.test_start import small_encoder
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from jaxgen import config as configs
 from jaxgen.errors import UserError
 from jaxgen.train.config import OptimizerConfig, RunConfig, TrainConfig
-from jaxgen.train.loop import check_same
 from jaxgen.train.optimizers import learning_rate, same_until
+from jaxgen.train.workdir import check_same
 
 
 @pytest.mark.parametrize(
