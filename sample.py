@@ -61,7 +61,7 @@ def main() -> None:
             save_each(as_path(args.out_dir) / (name if several else ""), images, captions, args.num_images, notes)
 
     # Sheets
-    columns = len(captions) if several else min(args.num_images, 8)
+    columns = in_a_row(len(captions), args.num_images, several)
     if args.trace:
         pages = [sheet([*itertools.chain(*moment)], under, columns) for moment in zip(*frames, strict=True)]
         save_gif(as_path(args.trace), pages)
@@ -106,6 +106,13 @@ def arguments() -> argparse.Namespace:
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed} must lie between 0 and 2^32 - 1")
     return args
+
+
+def in_a_row(pictures: int, num_images: int, several: bool) -> int:
+    """Columns of a sheet: a row a model where there are several, else a row a prompt; prompts of one picture share rows."""
+    if several:
+        return pictures
+    return min(num_images if num_images > 1 else pictures, 8)
 
 
 def save_each(place: Any, images: Any, captions: list[str], num_images: int, notes: dict[str, Any]) -> None:
