@@ -1,4 +1,4 @@
-"""Emoji token by token: 64 x 64 pixels in the 16 x 16 tokens of a tokenizer trained on them.
+"""Emoji token by token: 32 x 32 pixels in the 8 x 8 tokens of a tokenizer trained on them.
 
     uv run train.py --config=configs/emoji_tokenizer.py --config.data.source=DIR --workdir=runs/emoji_tokenizer
     uv run train.py --config=configs/emoji_ar.py --config.data.source=DIR
@@ -19,8 +19,8 @@ def get_config() -> RunConfig:
         family=Autoregressive(
             codec=Pretrained("runs/emoji_tokenizer"), network=TokenTransformer(width=160, depth=6, head_dim=32, dropout=0.1)
         ),
-        data=DataConfig(name="emoji", image_size=64, skin_tones=False),
-        train=TrainConfig(steps=10_000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
+        data=DataConfig(name="emoji", image_size=32, skin_tones=False),
+        train=TrainConfig(steps=3_500, batch_size=32, ema_decay=0.999, checkpoint_every=500),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(
             prompts=(
@@ -36,7 +36,7 @@ def get_config() -> RunConfig:
             num_images=4,
             guidance_scale=2.0,
             top_p=0.95,
-            every=1500,
+            every=500,
         ),
-        eval=EvalConfig(every=1500),
+        eval=EvalConfig(every=500),
     )

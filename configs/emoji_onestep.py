@@ -1,10 +1,10 @@
-"""Emoji, flat and 3D, drawn in one pass of the network: learned from a trained model of emoji.
+"""Emoji, flat and 3D, 32 x 32 pixels, drawn in one pass of the network: learned from a trained model of emoji.
 
-    uv run train.py --config=configs/emoji.py --config.data.source=DIR
+    uv run train.py --config=configs/emoji.py --config.data.source=DIR --config.data.image_size=32 --config.train.steps=3600
     uv run train.py --config=configs/emoji_onestep.py --config.data.source=DIR
 
-The second begins with the weights of the first, runs/emoji. Two CPU cores: time and quality not yet measured. From the
-pictures alone, without a teacher: --config.family.teacher= --config.train.init_from=none
+The second begins with the weights of the first, runs/emoji. Time and quality not yet measured. From the pictures alone,
+without a teacher: --config.family.teacher= --config.train.init_from=none
 """
 
 from jaxgen.data.config import DataConfig
@@ -21,9 +21,9 @@ def get_config() -> RunConfig:
             teacher="runs/emoji",
             guidance=(1.0, 3.0),
         ),
-        data=DataConfig(name="emoji", image_size=64, skin_tones=False),
+        data=DataConfig(name="emoji", image_size=32, skin_tones=False),
         text=TextConfig(dropout=0.0),  # the teacher knows the empty caption, and a pupil without one leaves out its own share
-        train=TrainConfig(steps=7500, batch_size=32, ema_decay=0.999, checkpoint_every=500, init_from="runs/emoji"),
+        train=TrainConfig(steps=1500, batch_size=32, ema_decay=0.999, checkpoint_every=500, init_from="runs/emoji"),
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(
             prompts=(
@@ -39,7 +39,7 @@ def get_config() -> RunConfig:
             num_images=4,
             num_steps=1,
             guidance_scale=2.0,
-            every=1500,
+            every=500,
         ),
-        eval=EvalConfig(every=1500),
+        eval=EvalConfig(every=500),
     )

@@ -1,4 +1,4 @@
-"""A tokenizer of emoji: 64 x 64 pixels into 16 x 16 tokens of 1000.
+"""A tokenizer of emoji: 32 x 32 pixels into 8 x 8 tokens of 1000.
 
     uv run train.py --config=configs/emoji_tokenizer.py --config.data.source=DIR
 
@@ -14,9 +14,9 @@ from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleCo
 def get_config() -> RunConfig:
     return RunConfig(
         family=Autoencoder(network=Convolutional(widths=(48, 96), bottleneck=FSQ((8, 5, 5, 5)))),
-        data=DataConfig(name="emoji", image_size=64, skin_tones=False),
-        train=TrainConfig(steps=8000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
+        data=DataConfig(name="emoji", image_size=32, skin_tones=False),
+        train=TrainConfig(steps=2500, batch_size=32, ema_decay=0.999, checkpoint_every=500),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
-        sample=SampleConfig(every=1000),
-        eval=EvalConfig(every=1000),
+        sample=SampleConfig(every=500),
+        eval=EvalConfig(every=500),
     )

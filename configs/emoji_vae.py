@@ -1,4 +1,4 @@
-"""Emoji, flat and 3D, from their names and keywords, 64 x 64 pixels, by a variational autoencoder: one pass a picture.
+"""Emoji, flat and 3D, from their names and keywords, 32 x 32 pixels, by a variational autoencoder: one pass a picture.
 
     uv run train.py --config=configs/emoji_vae.py --config.data.source=DIR
 
@@ -14,10 +14,10 @@ from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleCo
 def get_config() -> RunConfig:
     return RunConfig(
         family=Vae(
-            # Blocks of 4 x 4 pixels, as many positions as scenes have. Unlike those, an emoji is one thing in the middle: finer
-            # groups, at 4 x 4 positions, may say how it is painted.
+            # Blocks of 4 x 4 pixels. Unlike a scene, an emoji is one thing in the middle: a finer group, at 2 x 2 positions,
+            # may say how it is painted.
             network=Ladder(
-                strides=(4, 2, 2, 4),
+                strides=(4, 2, 2, 2),
                 widths=(96, 128, 96, 128),
                 down=(1, 1, 1, 1),
                 up=(2, 2, 2, 4),
@@ -27,8 +27,8 @@ def get_config() -> RunConfig:
             loss_min_scale=0.3,
             free_bits=4.0,
         ),
-        data=DataConfig(name="emoji", image_size=64, skin_tones=False),
-        train=TrainConfig(steps=12_000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
+        data=DataConfig(name="emoji", image_size=32, skin_tones=False),
+        train=TrainConfig(steps=6_000, batch_size=32, ema_decay=0.999, checkpoint_every=500),
         optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, schedule="trapezoid", warmup_steps=100),
         sample=SampleConfig(
             prompts=(
@@ -44,7 +44,7 @@ def get_config() -> RunConfig:
             num_images=4,
             guidance_scale=1.0,
             temperature=0.7,
-            every=1500,
+            every=1000,
         ),
-        eval=EvalConfig(every=1500),
+        eval=EvalConfig(every=1000),
     )
