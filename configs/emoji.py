@@ -6,7 +6,7 @@ DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.js
 
 Two CPU cores beside other work, 112 minutes (60 images/s while alone, which would make 67): loss on names never seen 0.095 at
 its least, 0.104 at the end. Of 32 training names drawn by lot, one picture each, 18 can be told at sight (docs/emoji.png); of
-eight names never seen, three. benchmarks/RESULTS.md names them. At 32 x 32 pixels, a quarter of the work,
+eight names never seen, three. benchmarks/RESULTS.md names them. At 32 x 32 pixels, a third of the work,
 --config.data.image_size=32 --config.train.steps=3600: one core of two, the other busy, 76 minutes, 16 of the same 32.
 """
 

@@ -14,12 +14,12 @@ from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleCo
 
 def get_config() -> RunConfig:
     return RunConfig(
-        # Blocks of 4 x 4 pixels, 8 x 8 positions: a quarter of the work of scenes, so that a CPU can train it too.
+        # Blocks of 4 x 4 pixels: half the arithmetic of a scene's picture, so that a CPU can train it too.
         family=Gan(
             network=Residual(patch=4, seen_widths=(64, 96)),
             r1=0.5,
             r2=0.5,
-            augment=("colour", "translation", "cutout"),  # some 5,000 pictures
+            augment=("colour", "translation", "cutout"),  # some 3,000 pictures
         ),
         data=DataConfig(name="emoji", image_size=32, skin_tones=False),
         text=TextConfig(dropout=0.0),  # guidance, which needs the empty caption, means nothing here
