@@ -29,6 +29,7 @@ from jaxgen.storage import Path, as_path, write_bytes
 HIT = "/jax/compilation_cache/cache_hits"
 SWITCH = "JAXGEN_KEEP_PROGRAMS"  # train.py sets it to 1: in a notebook functions may have been replaced
 PACKAGES = ("jax", "jaxlib", "numpy", "optax")
+THREADS = "kept-program"  # their name
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC")
 
 
@@ -40,7 +41,7 @@ class KeptProgram:
         self._file = place(config, traced_from)
         self._key = digest(traced_from, mesh) if self._file is not None else ""
         self._devices, self._found = list(mesh.devices.flat), None
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, name=THREADS)
         self._reader.start()
 
     def get(self, arguments: Any, *marks: str) -> Any:
@@ -53,7 +54,8 @@ class KeptProgram:
     def keep(self, program: Any, arguments: Any, *marks: str) -> None:
         """Beside the run's first steps."""
         if self._file is not None:
-            threading.Thread(target=self._write, args=(self._file, program, layout(arguments, marks))).start()
+            written = self._file, program, layout(arguments, marks)
+            threading.Thread(target=self._write, args=written, name=THREADS).start()
 
     def _read(self) -> None:
         if self._file is None or not self._file.exists():
