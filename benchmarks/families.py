@@ -1,7 +1,8 @@
 """The families side by side on scenes of 32 x 32: one text encoder, one data set, like networks, like training arithmetic.
 
     python benchmarks/families.py [--budget=1.0] [--only=flow,gan] [--workdirs=runs/families] [--data_dir=DIR]
-        [--prompts=1000] [--seeds=3] [--json=PATH] [--sheet=families.png] [--families_from=flow=runs/a,gan=runs/b]
+        [--prompts=1000] [--seeds=3] [--splits=test] [--json=PATH] [--sheet=families.png]
+        [--families_from=flow=runs/a,gan=runs/b]
 
 train.py trains each in a directory of its own: the same command again goes on where it was cut, and trains nothing twice. The
 full budget is the arithmetic of configs/scenes.py; `--budget` is a share of it. A teacher's or a codec's training comes on top
@@ -255,7 +256,9 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell(text, k) for k, text in enumerate(line)).rstrip() for line in lines)
 
 
-def measure(places: dict[str, str], prompts: int, seeds: int, json_file: str | None, sheet_file: str) -> None:
+def measure(
+    places: dict[str, str], splits: Sequence[str], prompts: int, seeds: int, json_file: str | None, sheet_file: str
+) -> None:
     from jaxgen.parallel import runtime
 
     runtime.start(allow_cpu=True)
@@ -274,9 +277,9 @@ def measure(places: dict[str, str], prompts: int, seeds: int, json_file: str | N
         row: dict[str, Any] = {"model": places[name], "settings": model.settings(), "training": of_training(places[name])}
         row |= {"params": size(model.params), "params_beside": size(model.frozen), "images_per_sec": speeds[name]}
         row |= {"accuracy": {}}
-        for split in SPLITS:
+        for split in splits:
             row["accuracy"][split], images, exact, captions = judged(model, split, prompts, seeds)
-            if split == SPLITS[0]:
+            if split == splits[0]:
                 row["diversity"] = spread(images, exact, [scene for _, scene in captioned(split, prompts)])
                 pictures += list(images[:SHOWN, 0])
                 marks = ["right" if good else "wrong" for good in exact[:SHOWN, 0]]
@@ -329,12 +332,16 @@ def main() -> None:
     parser.add_argument("--data_dir", help="where prepared sets are kept (default: the configurations' own)")
     parser.add_argument("--prompts", type=int, default=1000, help="captions of each split")
     parser.add_argument("--seeds", type=int, default=3, help="pictures of each caption")
+    parser.add_argument("--splits", default=",".join(SPLITS), help="whose captions: pictures and diversity are the first's")
     parser.add_argument("--families_from", default="", help="FAMILY=DIRECTORY,… measured instead of trained")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--sheet", default="families.png", help="pictures with captions, a row a family")
     args = parser.parse_args()
     if not args.budget > 0 or min(args.prompts, args.seeds) < 1:
         raise UserError("--budget must be positive, --prompts and --seeds at least 1")
+    splits = args.splits.split(",")
+    if not set(splits) <= set(SPLITS):
+        raise UserError(f"--splits={args.splits}: choose from {', '.join(SPLITS)}")
     given = pairs(args.families_from)
     names = chosen(args.only, given)
     places = {name: str(Path(args.workdirs) / name) for name in FAMILIES | CODECS} | given
@@ -356,7 +363,7 @@ def main() -> None:
             )
         for name in todo:
             train(name, plans[name].command, plans[name].steps, Path(places[name]))
-    measure({name: places[name] for name in names}, args.prompts, args.seeds, args.json, args.sheet)
+    measure({name: places[name] for name in names}, splits, args.prompts, args.seeds, args.json, args.sheet)
 
 
 if __name__ == "__main__":
