@@ -3,7 +3,9 @@
     uv run train.py --config=configs/emoji_tokenizer.py --config.data.source=DIR --workdir=runs/emoji_tokenizer
     uv run train.py --config=configs/emoji_ar.py --config.data.source=DIR
 
-DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.jsonl. Not yet measured.
+DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.jsonl. One core of two, the other busy:
+5 minutes and 32. Of 32 training names drawn by lot 29 can be told at sight, the most of all families here
+(benchmarks/RESULTS.md); it knows them by heart: on names never seen the loss is least at its first evaluation.
 """
 
 from jaxgen.data.config import DataConfig
