@@ -3,8 +3,8 @@
     uv run train.py --config=configs/emoji_vae.py --config.data.source=DIR
 
 DIR holds noto_emoji/ and fluent_emoji_3d/, each with pictures and a captions.jsonl. One core of two, the other busy:
-29 minutes. Of 32 training names drawn by lot 26 can be told at sight (benchmarks/RESULTS.md); it
-knows them by heart: on names never seen the loss is least at its first evaluation.
+29 minutes. Of 32 training names drawn by lot 26 can be told at sight (benchmarks/RESULTS.md); it knows them by heart: on
+names never seen the loss is least at its first evaluation.
 """
 
 from jaxgen.data.config import DataConfig

@@ -28,8 +28,8 @@ from jaxgen.storage import Path, as_path, write_bytes
 
 HIT = "/jax/compilation_cache/cache_hits"
 SWITCH = "JAXGEN_KEEP_PROGRAMS"  # train.py sets it to 1: in a notebook functions may have been replaced
+THREADS = "kept-program"  # the name of those that read and write programs
 PACKAGES = ("jax", "jaxlib", "numpy", "optax")
-THREADS = "kept-program"  # their name
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC")
 
 
