@@ -45,12 +45,13 @@ class Entry(NamedTuple):
     named: tuple[str, ...] = ()  # fields that say where that one lies
 
 
-# Of a flow: the teacher's own network, what is trained before it, and where that one lies.
+# Of a flow: its own network, what is trained before it, and where that one lies.
 PUPIL = ("family.network.up=2,2", "family.network.refiner=2"), "flow", ("family.teacher", "train.init_from")
 FAMILIES = {
     "flow": Entry("scenes"),
     "onestep": Entry("scenes_onestep", *PUPIL),
     "dmd": Entry("scenes_dmd", *PUPIL),
+    "adversarial": Entry("scenes_adversarial", *PUPIL[:2], ("train.init_from",)),
     "autoregressive": Entry(
         "scenes_ar", ("family.network.width=128", "family.network.depth=8"), "tokenizer", ("family.codec.source",)
     ),
@@ -110,7 +111,7 @@ def filled(family: Any, name: str) -> Any:
     of = configs.load(str(ROOT / "configs" / f"{entry.config}.py"), entry.overrides).family
     if needs in CODECS:
         return dataclasses.replace(family, codec=dataclasses.replace(family.codec, codec=of.network))
-    return dataclasses.replace(family, teacher_flow=of)
+    return dataclasses.replace(family, teacher_flow=of) if "family.teacher" in FAMILIES[name].named else family
 
 
 def check(plans: dict[str, Plan]) -> None:
@@ -147,11 +148,12 @@ def of_training(place: str) -> dict[str, Any]:
     family: Any = config.family
     beside = None
     teacher, codec = getattr(family, "teacher", ""), getattr(getattr(family, "codec", None), "source", "")
+    before = teacher or config.train.init_from
     try:
         if teacher and family.teacher_flow is None:  # an exported model leaves it out
             family = family.resolve()
         flops = steps * config.train.batch_size * family.train_flops(shapes, TOKENS)
-        beside = sum(of_training(source)["flops"] or math.nan for source in (teacher, codec) if source)
+        beside = sum(of_training(source)["flops"] or math.nan for source in (before, codec) if source)
     except UserError:  # what it was trained with is not here
         flops = None
     logged = directory / "metrics.jsonl"

@@ -28,6 +28,7 @@ FAMILIES = {
     "ddpm": "DDPM(network=UNET)",
     "onestep": "OneStep(network=UNET, teacher={flow!r})",
     "dmd": "DMD(network=UNET, teacher={flow!r})",
+    "adversarial": "Adversarial(network=UNET, judge=Gan(network=DCGAN(width=8)))",
     "gan": "Gan(network=DCGAN(width=8))",
     "vae": "Vae(network=Ladder(strides=(2, 2, 4), widths=(16, 16, 16), down=(1,) * 3, up=(1,) * 3, groups=(0, 1, 1),"
     " channels=4, attention=('none', 'text', 'text'), head_dim=16))",

@@ -49,7 +49,7 @@ def test_networks_and_arithmetic_are_alike(bench, plans):
     for name in bench.FAMILIES:
         assert abs(plans[name].params / first.params - 1) < bench.TOLERANCE, name
         assert abs(plans[name].flops / first.flops - 1) < 1e-3, name
-        assert (plans[name].others > 0) == (name in ("gan", "dmd"))
+        assert (plans[name].others > 0) == (name in ("gan", "dmd", "adversarial"))
     assert plans["tokenizer"].steps == 1500
     assert "--config.family.codec.source=somewhere/tokenizer" in plans["autoregressive"].command
     assert "--config.train.init_from=somewhere/flow" in plans["onestep"].command

@@ -1,5 +1,6 @@
 """Families of generators: how each learns and draws. A new one is a file and a line here."""
 
+from jaxgen.families.adversarial import Adversarial
 from jaxgen.families.autoencoder import Autoencoder
 from jaxgen.families.autoencoder_kl import AutoencoderKL
 from jaxgen.families.autoregressive import Autoregressive
@@ -17,6 +18,7 @@ __all__ = [
     "DDPM",
     "DEFAULT",
     "DMD",
+    "Adversarial",
     "Autoencoder",
     "AutoencoderKL",
     "Autoregressive",

@@ -1,6 +1,6 @@
 """What every family of generators offers; nothing outside this room asks which family it is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -136,6 +136,56 @@ class Family(Protocol):
         return {}
 
 
+class OnePass(Family, Protocol):
+    """What makes a picture of noise in one pass of its network: num_steps means nothing to it, and `temperature` scales the
+    noise."""
+
+    samplers: ClassVar = ("direct",)
+
+    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+        """Of the noise that a picture of shape [H, W, C] is made of."""
+        ...
+
+    def _from(
+        self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
+    ) -> jax.Array:
+        """uint8 [B, H, W, C]: what is made of the noise `begin`, float32 [B, *noise_shape]."""
+        ...
+
+    def sample(
+        self,
+        params: Params,
+        frozen: Params,
+        text: TextFeatures,
+        null_text: TextFeatures,
+        key: jax.Array,
+        settings: SampleSettings,
+    ) -> jax.Array:
+        """uint8 [B, H, W, C]; see Family.sample."""
+        begin = noise(key, self._noise_shape(settings.image))
+        return self._from(params, frozen, text, settings, settings.temperature * begin)
+
+    def trace(
+        self,
+        params: Params,
+        frozen: Params,
+        text: TextFeatures,
+        null_text: TextFeatures,
+        key: jax.Array,
+        settings: SampleSettings,
+        frames: int,
+    ) -> jax.Array:
+        """uint8 [frames, B, H, W, C]: the noise goes once round a circle through that of `sample`, where it ends."""
+        shape = self._noise_shape(settings.image)
+        own, other = noise(key, shape), noise(jax.vmap(lambda k: jax.random.fold_in(k, 1))(key), shape)
+
+        def frame(angle: jax.Array) -> jax.Array:
+            begin = jnp.cos(angle) * own + jnp.sin(angle) * other
+            return self._from(params, frozen, text, settings, settings.temperature * begin)
+
+        return jax.lax.map(frame, circle(frames))
+
+
 def served(family: Family, usual: Shapes, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Those of `sizes` (height, width) in which parameters for pictures of the usual shape can draw.
 
@@ -167,12 +217,6 @@ def to_uint8(image: jax.Array) -> jax.Array:
 def circle(frames: int) -> jax.Array:
     """float32 [frames]: angles once round, evenly, of which 0 is the last: for a trace that ends where it began."""
     return 2 * jnp.pi / frames * (jnp.arange(frames) + 1 - frames)
-
-
-def around(draw: Callable[[jax.Array], jax.Array], key: jax.Array, shape: tuple[int, ...], frames: int) -> jax.Array:
-    """[frames, ...]: `draw` of noise that goes once round a circle through that of `key`, where it ends."""
-    own, other = noise(key, shape), noise(jax.vmap(lambda k: jax.random.fold_in(k, 1))(key), shape)
-    return jax.lax.map(lambda angle: draw(jnp.cos(angle) * own + jnp.sin(angle) * other), circle(frames))
 
 
 def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxgen.config import register
 from jaxgen.errors import UserError
-from jaxgen.families.base import Losses, SampleSettings, Shapes, around, noise
+from jaxgen.families.base import Losses, OnePass, SampleSettings, Shapes
 from jaxgen.families.flow import noisy
 from jaxgen.families.flow_map import FlowMap, times
 from jaxgen.nn.module import Params, dtype_of
@@ -27,11 +27,8 @@ from jaxgen.text.features import TextFeatures
 
 @register("dmd")
 @dataclass(frozen=True)
-class DMD(FlowMap):
-    """A picture is one pass, whatever num_steps is."""
-
+class DMD(OnePass, FlowMap):
     groups: ClassVar = ("score", "generator")
-    samplers: ClassVar = ("direct",)
 
     renoise: tuple[float, float] = (0.02, 0.98)  # the range of t, uniform, at which the two are compared
     score_rate: float = 5.0  # how many times faster than the generator the score learns, which is to be ahead of it
@@ -92,36 +89,13 @@ class DMD(FlowMap):
         add = lambda a, b: a.astype(b.dtype) + self.score_rate * b  # noqa: E731
         return {"generator": jax.tree.map(add, frozen["teacher"]["generator"], params["score"])}
 
-    def sample(
-        self,
-        params: Params,
-        frozen: Params,
-        text: TextFeatures,
-        null_text: TextFeatures,
-        key: jax.Array,
-        settings: SampleSettings,
-    ) -> jax.Array:
-        """uint8 [B, H, W, C]; see Family.sample. One pass: num_steps means nothing here."""
-        return self._from(params, frozen, text, settings, noise(key, self._latent(settings.image)))
-
-    def trace(
-        self,
-        params: Params,
-        frozen: Params,
-        text: TextFeatures,
-        null_text: TextFeatures,
-        key: jax.Array,
-        settings: SampleSettings,
-        frames: int,
-    ) -> jax.Array:
-        """uint8 [frames, B, H, W, C]: the noise goes once round a circle through that of `sample`, where it ends."""
-        draw = lambda begin: self._from(params, frozen, text, settings, begin)  # noqa: E731
-        return around(draw, key, self._latent(settings.image), frames)
+    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+        return self._latent(image)
 
     def _from(
         self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
     ) -> jax.Array:
-        """uint8 [B, H, W, C]: what one step makes of the noise `begin`."""
+        """See OnePass._from."""
         step = self._stepper(params, text, text, dataclasses.replace(settings, num_steps=1))
         return self._picture(frozen, step(jnp.int32(0), begin)[0])
 

@@ -7,6 +7,7 @@ converge (R3GAN, arXiv 2501.05441; relativistic pairing: arXiv 1807.00734; R1: a
 one's caption is to be refused as well (Reed et al., arXiv 1605.05396), or the text could be ignored."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jaxgen.config import register
 from jaxgen.errors import UserError
 from jaxgen.families.augment import Augmentation, augment
-from jaxgen.families.base import Family, Losses, SampleSettings, Shapes, around, noise, to_uint8
+from jaxgen.families.base import Losses, OnePass, SampleSettings, Shapes, to_uint8
 from jaxgen.families.gan_networks import DCGAN, Residual
 from jaxgen.nn.module import Params, bind, dtype_of, init_params, logical_axes
 from jaxgen.text.features import TextFeatures
@@ -26,7 +27,7 @@ TRIES = 8  # other rows of the batch that are looked at for a caption which says
 
 @register("gan")
 @dataclass(frozen=True)
-class Gan(Family):
+class Gan(OnePass):
     """`r1` and `r2` are the papers' gamma: half of it weighs the squared norm of the discriminator's gradient at the real, and
     at the drawn pictures, as it sees them. Each step takes one in `penalty_every` of the batch's pictures for that, from a
     place in the batch drawn anew each time: exact in expectation at this share of the work, as the usual penalty on the
@@ -34,7 +35,6 @@ class Gan(Family):
     the batch is no multiple of it, the largest divisor they share is taken."""
 
     groups: ClassVar = ("discriminator", "generator")
-    samplers: ClassVar = ("direct",)
 
     network: Residual | DCGAN = field(default_factory=Residual)
     loss: Literal["relativistic", "nonsaturating", "hinge"] = "relativistic"
@@ -53,18 +53,24 @@ class Gan(Family):
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
         self.network.check_image(shapes.image)
         keys = jax.random.split(key)
-        return {group: init_params(self._build(group, shapes), k) for group, k in zip(self.groups, keys, strict=True)}
+        return {group: init_params(self.build(group, shapes), k) for group, k in zip(self.groups, keys, strict=True)}
 
     def logical_axes(self, shapes: Shapes) -> Params:
-        return {group: logical_axes(self._build(group, shapes)) for group in self.groups}
+        return {group: logical_axes(self.build(group, shapes)) for group in self.groups}
 
     def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         """See Family.losses. Both groups are given the same drawn pictures, so that one step need draw them only once."""
         image, text = batch["image"], batch["text"]
         noise_key, *keys = jax.random.split(key, 3)
         latent = jax.random.normal(noise_key, (len(image), self.network.noise))
-        drawn = self._generate(params, latent, text, image.shape[1:])
-        discriminator: Any = bind(self._build("discriminator", Shapes.of(image.shape[1:], text)), params["discriminator"])
+        return self.contest(params["discriminator"], image, self._generate(params, latent, text, image.shape[1:]), text, keys)
+
+    def contest(
+        self, params: Params, image: jax.Array, drawn: jax.Array, text: TextFeatures, keys: Sequence[jax.Array]
+    ) -> Losses:
+        """Both groups' losses, whatever has drawn: `params` are the discriminator's, `image` and `drawn` float [B, H, W, C]
+        the real and the drawn pictures of the B captions, `keys` two."""
+        discriminator: Any = bind(self.build("discriminator", Shapes.of(image.shape[1:], text)), params)
         # Where the text encoder learns with the generator, it is not to learn what misleads the discriminator.
         text = jax.lax.stop_gradient(text)
         return {
@@ -136,57 +142,38 @@ class Gan(Family):
         squares = jnp.sum(jnp.square(gradient), axis=(1, 2, 3)).reshape(-1, len(names))
         return {name: jnp.mean(squares[:, k]) for k, (_, name) in enumerate(names)}
 
-    def sample(
-        self,
-        params: Params,
-        frozen: Params,
-        text: TextFeatures,
-        null_text: TextFeatures,
-        key: jax.Array,
-        settings: SampleSettings,
-    ) -> jax.Array:
-        """uint8 [B, H, W, C]; see Family.sample. One pass: num_steps and guidance mean nothing here; `temperature` scales
-        the noise."""
-        latent = settings.temperature * noise(key, (self.network.noise,))
-        return to_uint8(self._generate(params, latent, text, settings.image))
-
-    def trace(
-        self,
-        params: Params,
-        frozen: Params,
-        text: TextFeatures,
-        null_text: TextFeatures,
-        key: jax.Array,
-        settings: SampleSettings,
-        frames: int,
-    ) -> jax.Array:
-        """uint8 [frames, B, H, W, C]: the noise goes once round a circle through that of `sample`, where it ends."""
-
-        def draw(begin: jax.Array) -> jax.Array:
-            return to_uint8(self._generate(params, settings.temperature * begin, text, settings.image))
-
-        return around(draw, key, (self.network.noise,), frames)
-
     def flops(self, shapes: Shapes, tokens: int) -> float:
         return self.network.flops(shapes, tokens).draw
 
     def train_flops(self, shapes: Shapes, tokens: int) -> float:
         """Of one image in one step of both groups, penalties at their share. A forward pass counts once, a backward pass
         once for the inputs and once for the weights, and a penalty's (the gradient, and back through both) six."""
-        p = self.network.flops(shapes, tokens)
-        # The discriminator's step: it draws, reads, looks at two pictures, judges them, and one more with a wrong caption.
-        total = p.draw + 3 * p.read + 3 * 2 * p.look + 3 * (3 if self.mismatch else 2) * p.judge
-        total += 6 * ((self.r1 > 0) + (self.r2 > 0)) / self.penalty_every * (p.look + p.judge)
-        # The generator's: what was drawn is still there; back through the discriminator's inputs alone.
-        total += 2 * p.draw + p.read + (3 if self.loss == "relativistic" else 2) * (p.look + p.judge)
-        return total
+        return 3 * self.network.flops(shapes, tokens).draw + self.contest_flops(shapes, tokens)
 
-    def _build(self, group: str, shapes: Shapes):
+    def contest_flops(self, shapes: Shapes, tokens: int) -> float:
+        """The same without what is the generator's own."""
+        p = self.network.flops(shapes, tokens)
+        # The discriminator's step: it reads, looks at two pictures, judges them, and one more with a wrong caption.
+        total = 3 * p.read + 3 * 2 * p.look + 3 * (3 if self.mismatch else 2) * p.judge
+        total += 6 * ((self.r1 > 0) + (self.r2 > 0)) / self.penalty_every * (p.look + p.judge)
+        # The generator's: back through the discriminator's inputs alone.
+        return total + p.read + (3 if self.loss == "relativistic" else 2) * (p.look + p.judge)
+
+    def build(self, group: str, shapes: Shapes):
         return lambda rngs: getattr(self.network, group)(rngs, shapes)
+
+    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+        return (self.network.noise,)
+
+    def _from(
+        self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
+    ) -> jax.Array:
+        """See OnePass._from."""
+        return to_uint8(self._generate(params, begin, text, settings.image))
 
     def _generate(self, params: Params, latent: jax.Array, text: TextFeatures, image: tuple[int, ...]) -> jax.Array:
         """float32 [B, H, W, C] from latents [B, noise], computed in the parameters' dtype."""
-        network: Any = bind(self._build("generator", Shapes.of(image, text)), params["generator"])
+        network: Any = bind(self.build("generator", Shapes.of(image, text)), params["generator"])
         return network(latent.astype(dtype_of(params["generator"])), text).astype(jnp.float32)
 
 

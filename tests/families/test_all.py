@@ -15,7 +15,7 @@ import pytest
 
 from jaxgen import config as configs
 from jaxgen.errors import UserError
-from jaxgen.families import DDPM, DMD, Autoencoder, Autoregressive, Family, Flow, Gan, OneStep, Vae
+from jaxgen.families import DDPM, DMD, Adversarial, Autoencoder, Autoregressive, Family, Flow, Gan, OneStep, Vae
 from jaxgen.families.autoencoder import KL, Convolutional
 from jaxgen.families.base import SampleSettings, Shapes, served
 from jaxgen.families.codec import Pretrained
@@ -54,6 +54,7 @@ FAMILIES = {
     "ddpm": DDPM(network=UNET),
     "onestep": OneStep(network=UNET, teacher="somewhere", teacher_flow=Flow(network=UNET)),
     "dmd": DMD(network=UNET, teacher="somewhere", teacher_flow=Flow(network=UNET), score_rate=1.0),
+    "adversarial": Adversarial(network=UNET, judge=Gan(network=RESIDUAL, penalty_every=2)),
     "gan": Gan(network=RESIDUAL, penalty_every=2),
     "vae": Vae(network=LADDER),
     "raster": Autoregressive(Pretrained("somewhere", Convolutional(**CODE, patch=4, bottleneck=FSQ((3, 3)))), TOKENS),
@@ -200,7 +201,7 @@ def test_a_picture_stands_alone_and_ends_its_trace(name):
 @each
 def test_other_shapes_are_learned_and_drawn_or_refused(name):
     family, size = FAMILIES[name], (8, 16)
-    if name in ("gan", "vae", "raster", "masked"):  # places have weights of their own
+    if name in ("adversarial", "gan", "vae", "raster", "masked"):  # places have weights of their own
         with pytest.raises(UserError, match=r"this network's weights are made for 8 x 8 alone"):
             served(family, SHAPES, [(8, 8), size])
         return

@@ -253,7 +253,7 @@ def compiled(name):
     """(pictures from latents and text, logits from pictures and text) by one network."""
     family = Gan(network=NETWORKS[name])
     params = random_params(family, scale=0.5)
-    network = bind(family._build("discriminator", SHAPES), params["discriminator"])
+    network = bind(family.build("discriminator", SHAPES), params["discriminator"])
     draw = lambda latent, words: family._generate(params, latent, words, SHAPES.image)  # noqa: E731
     score = lambda image, words: network.judge(network.look(image), network.read(words))  # noqa: E731
     return tuple(jax.jit(function, compiler_options=QUICK) for function in (draw, score))
@@ -288,7 +288,7 @@ def test_an_even_picture_has_a_gradient_of_common_size():
     # Norms multiply the gradient by what is missing in size: near zero they would make the first penalties explode.
     family = Gan(network=SMALLEST)
     params = jax.jit(lambda: family.init(jax.random.key(0), SHAPES)["discriminator"], compiler_options=QUICK)()
-    network = bind(family._build("discriminator", SHAPES), params)
+    network = bind(family.build("discriminator", SHAPES), params)
     reading = network.read(text(1))
     slope = jax.jit(jax.grad(lambda x: network.judge(network.look(x), reading)[0]), compiler_options=QUICK)
     flat, busy = (jnp.linalg.norm(slope(x * jnp.ones((1, *SHAPES.image)))) for x in (0.0, jnp.linspace(-1, 1, 3)))

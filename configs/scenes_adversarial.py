@@ -1,0 +1,45 @@
+"""Scenes of coloured shapes, drawn in one pass of the network: the flow that ships with the package, trained on as a GAN.
+
+    uv run train.py --config=configs/scenes_adversarial.py
+
+Not yet measured.
+"""
+
+from jaxgen.data.config import DataConfig
+from jaxgen.families.adversarial import Adversarial
+from jaxgen.families.unet import UNet
+from jaxgen.text.config import TextConfig
+from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        # Of the blocks of the flow it begins with those that two million parameters allow.
+        family=Adversarial(network=UNet(widths=(64, 128), down=(1, 2), up=(1, 1), refiner=1)),
+        data=DataConfig(name="scenes", train_examples=60_000, paraphrases=1),
+        text=TextConfig(dropout=0.0),  # guidance means nothing here
+        train=TrainConfig(steps=14_000, batch_size=16, ema_decay=0.998, checkpoint_every=500, init_from="flow"),
+        # Little momentum: what the other player does is old by the next step.
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=1e-3,
+            schedule="trapezoid",
+            warmup_steps=100,
+            momentum=0.5,
+            b1=0.0,
+            b2=0.99,
+            weight_decay=0.0,
+            clip_norm=10.0,
+        ),
+        sample=SampleConfig(
+            prompts=(
+                "a large red circle above a small blue square",
+                "a small green triangle to the left of a large yellow ring",
+                "three small orange diamonds",
+                "a large purple cross",
+            ),
+            num_images=4,
+            every=1000,
+        ),
+        eval=EvalConfig(every=1000, count=256, diversity=32, metric="eval/exact"),
+    )
