@@ -20,7 +20,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,21 +41,21 @@ TOLERANCE = 0.1
 class Entry(NamedTuple):
     config: str
     overrides: tuple[str, ...] = ()  # the network's size
-    needs: str = ""  # what is trained before it
-    named: tuple[str, ...] = ()  # fields that say where that one lies
+    needs: tuple[str, ...] = ()  # what is trained before it
+    named: tuple[str, ...] = ()  # fields that say where they lie
 
 
 # Of a flow: its own network, what is trained before it, and where that one lies.
-PUPIL = ("family.network.up=2,2", "family.network.refiner=2"), "flow", ("family.teacher", "train.init_from")
+PUPIL = ("family.network.up=2,2", "family.network.refiner=2"), ("flow",), ("family.teacher", "train.init_from")
 FAMILIES = {
     "flow": Entry("scenes"),
     "onestep": Entry("scenes_onestep", *PUPIL),
     "dmd": Entry("scenes_dmd", *PUPIL),
-    "adversarial": Entry("scenes_adversarial", *PUPIL[:2], ("train.init_from",)),
     "autoregressive": Entry(
-        "scenes_ar", ("family.network.width=128", "family.network.depth=8"), "tokenizer", ("family.codec.source",)
+        "scenes_ar", ("family.network.width=128", "family.network.depth=8"), ("tokenizer",), ("family.codec.source",)
     ),
     "gan": Entry("scenes_gan", ("family.network.blocks=4,3",)),
+    "adversarial": Entry("scenes_adversarial", PUPIL[0], ("dmd", "gan"), ("train.init_from",)),
     "vae": Entry("scenes_vae", ("family.network.widths=64,96,64,128",)),
 }
 CODECS = {"tokenizer": Entry("scenes_tokenizer")}
@@ -85,7 +85,11 @@ def plan(names: Sequence[str], places: dict[str, str], budget: float, data_dir: 
     for name in dict.fromkeys([FIRST, *names]):
         entry = (FAMILIES | CODECS)[name]
         file = str(ROOT / "configs" / f"{entry.config}.py")
-        fields = [*ALIKE, *entry.overrides, *(f"{field}={places[entry.needs]}" for field in entry.named)]
+        fields = [
+            *ALIKE,
+            *entry.overrides,
+            *(f"{field}={','.join(places[need] for need in entry.needs)}" for field in entry.named),
+        ]
         fields += [f"data.dir={data_dir}"] if data_dir else []
         config = configs.load(file, fields)
         family = filled(config.family, name)
@@ -100,18 +104,22 @@ def plan(names: Sequence[str], places: dict[str, str], budget: float, data_dir: 
     return {name: found[name] for name in names}
 
 
+def course(name: str, given: Collection[str]) -> list[str]:
+    """What is to be trained for a family, itself last, without what is given."""
+    return [step for need in (FAMILIES | CODECS)[name].needs if need not in given for step in course(need, given)] + [name]
+
+
 def filled(family: Any, name: str) -> Any:
     """The family with what its resolve() would read from the run that it needs."""
     from jaxgen import config as configs
 
-    needs = FAMILIES[name].needs if name in FAMILIES else ""
-    if not needs:
-        return family
-    entry = (FAMILIES | CODECS)[needs]
-    of = configs.load(str(ROOT / "configs" / f"{entry.config}.py"), entry.overrides).family
-    if needs in CODECS:
-        return dataclasses.replace(family, codec=dataclasses.replace(family.codec, codec=of.network))
-    return dataclasses.replace(family, teacher_flow=of) if "family.teacher" in FAMILIES[name].named else family
+    own = (FAMILIES | CODECS)[name]
+    of = lambda need: configs.load(str(ROOT / "configs" / f"{need.config}.py"), need.overrides).family  # noqa: E731
+    if "family.codec.source" in own.named:
+        return dataclasses.replace(family, codec=dataclasses.replace(family.codec, codec=of(CODECS[own.needs[0]]).network))
+    if "family.teacher" in own.named:
+        return dataclasses.replace(family, teacher_flow=of(FAMILIES[own.needs[0]]))
+    return family
 
 
 def check(plans: dict[str, Plan]) -> None:
@@ -148,12 +156,13 @@ def of_training(place: str) -> dict[str, Any]:
     family: Any = config.family
     beside = None
     teacher, codec = getattr(family, "teacher", ""), getattr(getattr(family, "codec", None), "source", "")
-    before = teacher or config.train.init_from
+    before = [teacher] if teacher else (config.train.init_from or "").split(",")
     try:
         if teacher and family.teacher_flow is None:  # an exported model leaves it out
             family = family.resolve()
         flops = steps * config.train.batch_size * family.train_flops(shapes, TOKENS)
-        beside = sum(of_training(source)["flops"] or math.nan for source in (before, codec) if source)
+        found = [of_training(source) for source in (*before, codec) if source]
+        beside = sum((one["flops"] or math.nan) + (one["flops_beside"] or 0) for one in found)
     except UserError:  # what it was trained with is not here
         flops = None
     logged = directory / "metrics.jsonl"
@@ -348,8 +357,7 @@ def main() -> None:
     names = chosen(args.only, given)
     places = {name: str(Path(args.workdirs) / name) for name in FAMILIES | CODECS} | given
     wanted = [name for name in names if name not in given]
-    first = [FAMILIES[name].needs for name in wanted if FAMILIES[name].needs and FAMILIES[name].needs not in given]
-    todo = list(dict.fromkeys([*first, *wanted]))
+    todo = list(dict.fromkeys(step for name in wanted for step in course(name, given)))
     if todo:
         # Elsewhere: an accelerator belongs to one process, and train.py is to have it.
         context = multiprocessing.get_context("spawn")

@@ -1,4 +1,6 @@
-"""Scenes of coloured shapes, drawn in one pass of the network: the flow that ships with the package, trained on as a GAN.
+"""Scenes of coloured shapes, drawn in one pass of the network: distilled from a flow, then trained on as a GAN.
+
+After configs/scenes_dmd.py, whose generator this one begins with, and configs/scenes_gan.py, whose discriminator:
 
     uv run train.py --config=configs/scenes_adversarial.py
 
@@ -14,15 +16,17 @@ from jaxgen.train.config import EvalConfig, OptimizerConfig, RunConfig, SampleCo
 
 def get_config() -> RunConfig:
     return RunConfig(
-        # Of the blocks of the flow it begins with those that two million parameters allow.
-        family=Adversarial(network=UNet(widths=(64, 128), down=(1, 2), up=(1, 1), refiner=1)),
+        # As configs/scenes_dmd.py has them.
+        family=Adversarial(network=UNet(widths=(64, 128), down=(1, 2), up=(1, 1), refiner=1), guidance=(1.5, 1.5)),
         data=DataConfig(name="scenes", train_examples=60_000, paraphrases=1),
         text=TextConfig(dropout=0.0),  # guidance means nothing here
-        train=TrainConfig(steps=14_000, batch_size=16, ema_decay=0.998, checkpoint_every=500, init_from="flow"),
+        train=TrainConfig(
+            steps=9_000, batch_size=16, ema_decay=0.998, checkpoint_every=500, init_from="runs/scenes_dmd,runs/scenes_gan"
+        ),
         # Little momentum: what the other player does is old by the next step.
         optimizer=OptimizerConfig(
             name="muon",
-            learning_rate=1e-3,
+            learning_rate=5e-4,
             schedule="trapezoid",
             warmup_steps=100,
             momentum=0.5,
@@ -39,7 +43,7 @@ def get_config() -> RunConfig:
                 "a large purple cross",
             ),
             num_images=4,
-            every=1000,
+            every=500,
         ),
-        eval=EvalConfig(every=1000, count=256, diversity=32, metric="eval/exact"),
+        eval=EvalConfig(every=500, count=256, diversity=32, metric="eval/exact"),
     )

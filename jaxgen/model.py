@@ -4,7 +4,7 @@ An exported directory (and a shipped model) holds config.json, model.safetensors
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -313,8 +313,12 @@ def export(workdir: str, directory: str, *, dtype: str = "float16", note: str = 
 
 
 def read_weights(name_or_path: str) -> dict[str, np.ndarray]:
-    """Flat float32 EMA weights of a workdir, an exported directory or a shipped model."""
-    return {name: np.asarray(leaf, np.float32) for name, leaf in flatten(jax.device_get(_read(name_or_path)[1]))}
+    """Flat float32 weights of a workdir, an exported directory or a shipped model: the EMA of what draws, and of a workdir
+    also what was trained beside it (a discriminator), as it was at the end."""
+    directory, _, exported = read_config(name_or_path)
+    drawn = _read(name_or_path)[1]
+    beside = {} if exported is not None else _read_newest(directory, lambda checkpoints: checkpoints.restore_params())[0]
+    return {name: np.asarray(leaf, np.float32) for name, leaf in flatten(jax.device_get(beside | drawn))}
 
 
 def _init(config: RunConfig, shapes: Shapes, base: Params, pretrained: Any) -> Params:
@@ -326,17 +330,19 @@ def _init(config: RunConfig, shapes: Shapes, base: Params, pretrained: Any) -> P
 
 
 def _read_checkpoint(directory: Path, abstract: Params) -> tuple[Params, dict[str, Any]]:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract)
+    return _read_newest(directory, lambda checkpoints: checkpoints.restore_ema(abstract))
+
+
+def _read_newest(directory: Path, read: Callable[[Any], Any]) -> Any:
+    """What `read` finds among the checkpoints (Checkpoints) of a workdir."""
     from jaxgen.parallel.runtime import require
 
     require(("orbax",), "train")
     from jaxgen.train.checkpoints import Checkpoints
 
-    if not (directory / "checkpoints").is_dir():
-        raise UserError(f"{directory} has no checkpoint yet")
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = Checkpoints(directory, keep=None).restore_ema(
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract)
-    )
+    found = read(Checkpoints(directory, keep=None)) if (directory / "checkpoints").is_dir() else None
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
     return found

@@ -53,6 +53,10 @@ def test_networks_and_arithmetic_are_alike(bench, plans):
     assert plans["tokenizer"].steps == 1500
     assert "--config.family.codec.source=somewhere/tokenizer" in plans["autoregressive"].command
     assert "--config.train.init_from=somewhere/flow" in plans["onestep"].command
+    assert "--config.train.init_from=somewhere/dmd,somewhere/gan" in plans["adversarial"].command
+    assert bench.course("adversarial", {}) == ["flow", "dmd", "gan", "adversarial"]
+    assert bench.course("adversarial", {"dmd": "there"}) == ["gan", "adversarial"]
+    assert bench.course("vae", {}) == ["vae"]
     assert all(f"--workdir=somewhere/{name}" in found.command for name, found in plans.items())
     assert all("--config.data.dir=sets" in found.command for found in plans.values())
 

@@ -1,32 +1,37 @@
-"""Adversarial training of a flow for one step: what its network takes for the clean picture in pure noise is the picture drawn.
+"""Adversarial training of a flow map for one step: its step from noise to picture, trained on as a GAN's generator.
 
-A flow, trained, makes of noise at t = 1 the mean of all pictures that the caption allows. Here it begins with such weights
-(train.init_from) and is trained on as a GAN's generator, against a discriminator that sees real pictures beside its own and
-both with their captions (after Lin et al., arXiv 2501.08316, with R3GAN's loss and penalties). Nothing is left of the path:
-a picture is one pass, whatever num_steps is, and the captions are followed without guidance."""
+It begins with the weights of a map that draws in one step already, or of a flow, whose step draws the mean of all pictures that
+a caption allows (train.init_from). A discriminator sees real pictures beside its own and both with their captions (after Lin et
+al., arXiv 2501.08316, with R3GAN's loss and penalties). One that begins knowing nothing first unlearns the generator what it
+knew: best begun with as well is a trained GAN's, whose run is named behind the map's, after a comma."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import jax
-import jax.numpy as jnp
 
 from jaxgen.config import register
-from jaxgen.families.base import Losses, OnePass, SampleSettings, Shapes
-from jaxgen.families.flow import Flow
+from jaxgen.errors import UserError
+from jaxgen.families.base import Losses, Shapes
+from jaxgen.families.flow_map import WholeStep
 from jaxgen.families.gan import Gan
 from jaxgen.nn.module import Params, init_params, logical_axes
-from jaxgen.text.features import TextFeatures
 
 
 @register("adversarial")
 @dataclass(frozen=True)
-class Adversarial(OnePass, Flow):
-    """Weights are a Flow's, and those of the discriminator of `judge`, whose own generator is not made."""
+class Adversarial(WholeStep):
+    """Weights are a flow map's, and those of the discriminator of `judge`, whose own generator is not made. Guidance means
+    nothing here: `guidance` is what the network is told, best what it was told before."""
 
     groups: ClassVar = ("discriminator", "generator")
 
     judge: Gan = field(default_factory=lambda: Gan(r1=0.1, r2=0.1))
+
+    def validate(self) -> None:
+        super().validate()
+        if self.teacher:
+            raise UserError(f"family.teacher={self.teacher}: this one learns from pictures; name it in train.init_from")
 
     def init(self, key: jax.Array, shapes: Shapes) -> Params:
         inner = self._inner(shapes)
@@ -44,23 +49,9 @@ class Adversarial(OnePass, Flow):
     def losses(self, params: Params, frozen: Params, batch: dict[str, Any], key: jax.Array) -> Losses:
         """See Family.losses. Both groups are given the same drawn pictures, so that one step need draw them only once."""
         image, text = self.clean(frozen, batch, key), batch["text"]
-        begin_key, dropout_key, *keys = jax.random.split(key, 4)
-        begin = jax.random.normal(begin_key, image.shape, jnp.float32)
-        drawn = self._draw(params, begin, text, dropout_key)
+        draw_key, *keys = jax.random.split(key, 3)
+        drawn = self._drawn(params, image.shape, text, draw_key)[0]
         return self.judge.contest(params["discriminator"], image, drawn, text, keys)
-
-    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
-        return self._latent(image)
-
-    def _from(
-        self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
-    ) -> jax.Array:
-        """See OnePass._from."""
-        return self._picture(frozen, self._draw(params, begin, text))
-
-    def _draw(self, params: Params, begin: jax.Array, text: TextFeatures, key: jax.Array | None = None) -> jax.Array:
-        """float32 [B, h, w, c]: the clean picture that the network sees in pure noise."""
-        return self._predict(params, begin, jnp.ones(len(begin)), text, key)
 
     def train_flops(self, shapes: Shapes, tokens: int) -> float:
         """Drawing with its backward pass, and the discriminator's work of both groups."""

@@ -9,7 +9,6 @@ beforehand, and no real ones are looked at (arXiv 2405.14867).
 The network is a flow map's, of which only the whole step is used. The score is what is added to
 the teacher's weights, nothing at first."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,16 +17,16 @@ import jax.numpy as jnp
 
 from jaxgen.config import register
 from jaxgen.errors import UserError
-from jaxgen.families.base import Losses, OnePass, SampleSettings, Shapes
+from jaxgen.families.base import Losses, Shapes
 from jaxgen.families.flow import noisy
-from jaxgen.families.flow_map import FlowMap, times
+from jaxgen.families.flow_map import WholeStep
 from jaxgen.nn.module import Params, dtype_of
 from jaxgen.text.features import TextFeatures
 
 
 @register("dmd")
 @dataclass(frozen=True)
-class DMD(OnePass, FlowMap):
+class DMD(WholeStep):
     groups: ClassVar = ("score", "generator")
 
     renoise: tuple[float, float] = (0.02, 0.98)  # the range of t, uniform, at which the two are compared
@@ -57,10 +56,8 @@ class DMD(OnePass, FlowMap):
         """See Family.losses. Both groups are given the same drawn pictures, so that one step need draw them only once."""
         assert self.teacher_flow is not None
         text, shape = batch["text"], self.clean(frozen, batch, key).shape
-        begin_key, scale_key, dropout_key, match_key, score_key = jax.random.split(jax.random.fold_in(key, 5), 5)
-        scale = jax.random.uniform(scale_key, shape[:1], minval=self.guidance[0], maxval=self.guidance[1])
-        begin, whole = jax.random.normal(begin_key, shape, jnp.float32), jnp.ones_like(scale)
-        drawn = self._predict(params, begin, times(whole, whole, scale), text, dropout_key)
+        draw_key, match_key, score_key = jax.random.split(jax.random.fold_in(key, 5), 3)
+        drawn, scale = self._drawn(params, shape, text, draw_key)
         generator = self._match(params, frozen, drawn, scale, text, match_key)
         still = jax.lax.stop_gradient(drawn)
         seen = {"image": still, "latent": still, "text": text}  # in the place of pictures
@@ -88,16 +85,6 @@ class DMD(OnePass, FlowMap):
         # Optimizers' steps are of one size whatever the gradient's is, so that a factor here is one of the rate.
         add = lambda a, b: a.astype(b.dtype) + self.score_rate * b  # noqa: E731
         return {"generator": jax.tree.map(add, frozen["teacher"]["generator"], params["score"])}
-
-    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
-        return self._latent(image)
-
-    def _from(
-        self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
-    ) -> jax.Array:
-        """See OnePass._from."""
-        step = self._stepper(params, text, text, dataclasses.replace(settings, num_steps=1))
-        return self._picture(frozen, step(jnp.int32(0), begin)[0])
 
     def train_flops(self, shapes: Shapes, tokens: int) -> float:
         """Drawing with its backward pass, the teacher, the score compared, and the score learning."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.errors import UserError
-from jaxgen.families.base import SampleSettings, Shapes
+from jaxgen.families.base import OnePass, SampleSettings, Shapes
 from jaxgen.families.flow import MIN_TIME, Flow
 from jaxgen.families.steps import Step
 from jaxgen.nn.module import Params
@@ -126,6 +126,28 @@ class FlowMap(Flow):
             return network
 
         return build
+
+
+@dataclass(frozen=True)
+class WholeStep(OnePass, FlowMap):
+    """A flow map of which only the step from noise to picture is used: one pass, whatever num_steps is."""
+
+    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+        return self._latent(image)
+
+    def _from(
+        self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
+    ) -> jax.Array:
+        """See OnePass._from."""
+        step = self._stepper(params, text, text, dataclasses.replace(settings, num_steps=1))
+        return self._picture(frozen, step(jnp.int32(0), begin)[0])
+
+    def _drawn(self, params: Params, shape: tuple[int, ...], text: TextFeatures, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(float32 [B, h, w, c], scale [B]): what is drawn of noise of this shape, by guidance scales drawn at random too."""
+        begin_key, scale_key, dropout_key = jax.random.split(key, 3)
+        scale = jax.random.uniform(scale_key, shape[:1], minval=self.guidance[0], maxval=self.guidance[1])
+        begin, whole = jax.random.normal(begin_key, shape, jnp.float32), jnp.ones_like(scale)
+        return self._predict(params, begin, times(whole, whole, scale), text, dropout_key), scale
 
 
 def times(t: jax.Array, s: jax.Array, scale: jax.Array) -> jax.Array:

@@ -122,6 +122,19 @@ class Checkpoints:
 
         return self._newest(read)
 
+    def restore_params(self) -> tuple[Any, dict[str, Any]] | None:
+        """The newest weights as they were trained, on one device, whatever mesh and family wrote them, and their meta."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def read(step: int) -> tuple[Any, dict[str, Any]]:
+            saved = self._manager.item_metadata(step)["params"]
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
+            items = {"params": ocp.args.StandardRestore(abstract), "meta": ocp.args.JsonRestore()}
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return found["params"], found["meta"]
+
+        return self._newest(read)
+
     def close(self) -> None:
         self.wait()
         self._manager.close()

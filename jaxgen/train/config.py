@@ -22,7 +22,9 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3  # the best one is kept besides
-    init_from: str | None = None  # another run's workdir (or an exported model) to take the weights from
+    # Another run's workdir (or an exported model) to take the weights from; of several, with commas between them, each weight
+    # from the first that has it.
+    init_from: str | None = None
     init_skip: tuple[str, ...] = ()  # names or prefixes of weights to leave fresh
 
     def validate(self) -> None:

@@ -237,31 +237,28 @@ def brief(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def take_weights(state: TrainState, origin: str, skip: tuple[str, ...], where: Any) -> TrainState:
-    """The state with another run's EMA weights; lists what was taken, what is new here and what was left there."""
-    try:
-        theirs = read_weights(origin)
-    except UserError as error:
-        raise UserError(f"train.init_from={origin}: {error}") from None
-    ours = dict(flatten(state.params))
-    misfits = [
-        f"{name} {theirs[name].shape} there, {ours[name].shape} here"
-        for name in ours
-        if name in theirs and theirs[name].shape != ours[name].shape and not name.startswith(skip or ("\0",))
-    ]
-    if misfits:
-        raise UserError(
-            f"train.init_from={origin}: {'; '.join(misfits[:3])}{' …' if len(misfits) > 3 else ''}: "
-            "name what is to start fresh in train.init_skip"
-        )
-    taken = [n for n in ours if n in theirs and theirs[n].shape == ours[n].shape and not n.startswith(skip or ("\0",))]
-    if not taken:
-        raise UserError(f"train.init_from={origin} has no weight of this network")
-    new, left = sorted(ours.keys() - set(taken)), sorted(theirs.keys() - set(taken))
-    tell(f"from {origin}: took {len(taken)} tensors")
-    tell(f"  new here: {brief(new)}")
-    tell(f"  left there: {brief(left)}")
-    params = unflatten({name: theirs[name] if name in taken else ours[name] for name in ours})
+def take_weights(state: TrainState, origins: str, skip: tuple[str, ...], where: Any) -> TrainState:
+    """The state with other runs' weights, each from the first that has it; lists what was taken, left there and is new."""
+    ours, taken = dict(flatten(state.params)), {}
+    for origin in origins.split(","):
+        try:
+            theirs = read_weights(origin)
+        except UserError as error:
+            raise UserError(f"train.init_from={origin}: {error}") from None
+        shared = [n for n in ours if n in theirs and n not in taken and not n.startswith(skip)]
+        misfits = [f"{n} {theirs[n].shape} there, {ours[n].shape} here" for n in shared if theirs[n].shape != ours[n].shape]
+        if misfits:
+            raise UserError(
+                f"train.init_from={origin}: {'; '.join(misfits[:3])}{' …' if len(misfits) > 3 else ''}: "
+                "name what is to start fresh in train.init_skip"
+            )
+        if not shared:
+            raise UserError(f"train.init_from={origin} has no weight of this network{' that is still wanted' if taken else ''}")
+        tell(f"from {origin}: took {len(shared)} tensors")
+        tell(f"  left there: {brief(sorted(theirs.keys() - set(shared)))}")
+        taken |= {name: theirs[name] for name in shared}
+    tell(f"  new here: {brief(sorted(ours.keys() - taken.keys()))}")
+    params = unflatten(ours | taken)
     params = jax.tree.map(lambda p, s: jax.device_put(np.asarray(p), s), params, where.params)
     ema = jax.tree.map(jnp.copy, {group: params[group] for group in state.ema_params})
     return TrainState(state.step, params, ema, state.opt_state, state.control)

@@ -8,7 +8,7 @@ import pytest
 from jaxgen.errors import UserError
 from jaxgen.families.adversarial import Adversarial
 from jaxgen.families.base import SampleSettings, Shapes
-from jaxgen.families.flow import Flow
+from jaxgen.families.flow_map import FlowMap
 from jaxgen.families.gan import Gan
 from jaxgen.families.gan_networks import DCGAN, Residual
 from jaxgen.families.unet import UNet
@@ -26,28 +26,31 @@ class Witness(Gan):
         return {"discriminator": (jnp.mean(image), {}), "generator": (jnp.mean(drawn), {"spread": jnp.std(drawn)})}
 
 
-def test_the_judge_sees_what_the_flow_takes_for_clean_in_pure_noise():
-    family = Adversarial(network=Known(lambda w, x, t, *_: w[0] * x + w[1] + 2 * t, 2), judge=Witness())
+def test_the_judge_sees_what_a_whole_step_makes_of_pure_noise():
+    network = Known(lambda w, x, t, d, g, _: w[0] * x + w[1] + t + 2 * d + 4 * g, 2)
+    family = Adversarial(network=network, judge=Witness(), guidance=(2.0, 2.0))
 
     def losses(weights):
         params = {"generator": {"weights": weights}, "discriminator": {}}
         return family.losses(params, {}, {"image": pictures(), "text": text()}, jax.random.key(0))
 
-    found = losses(jnp.array([0.5, 0.25]))
+    weights = jnp.array([0.5, 0.25])
+    found = losses(weights)
     np.testing.assert_allclose(found["discriminator"][0], np.mean(pictures()), rtol=1e-5)
     np.testing.assert_allclose(found["generator"][1]["spread"], 0.5, rtol=0.1)  # of noise alone, none of the picture
-    of_mean = jax.grad(lambda w: losses(w)["generator"][0])(jnp.array([0.5, 0.25]))
-    np.testing.assert_allclose(found["generator"][0] - 0.5 * of_mean[0], 0.25 + 2, rtol=1e-5)  # t = 1
-    np.testing.assert_allclose(of_mean[1], 1.0, rtol=1e-5)
+    pull = jax.grad(lambda w: losses(w)["generator"][0])(weights)
+    # t = t - r = 1, and of guidance by two 1 - 1 / 2.
+    np.testing.assert_allclose(found["generator"][0] - 0.5 * pull[0], 0.25 + 1 + 2 + 2, rtol=1e-5)
+    np.testing.assert_allclose(pull[1], 1.0, rtol=1e-5)
 
 
 def test_the_judge_and_the_generator_meet_in_the_gans_own_contest():
     judge = Gan(network=DCGAN(width=4, text=4), r1=0.3, r2=0.2, penalty_every=2)
-    family = Adversarial(network=Known(lambda w, x, t, *_: w[0] * x), judge=judge)
+    family = Adversarial(network=Known(lambda w, x, *_: w[0] * x), judge=judge)
     params = family.init(jax.random.key(1), SHAPES) | at(0.5)
     batch, key = {"image": pictures(), "text": text()}, jax.random.key(0)
-    begin_key, _, *keys = jax.random.split(key, 4)
-    drawn = 0.5 * jax.random.normal(begin_key, batch["image"].shape)
+    draw_key, *keys = jax.random.split(key, 3)
+    drawn = 0.5 * jax.random.normal(jax.random.split(draw_key, 3)[0], batch["image"].shape)
     theirs = judge.contest(params["discriminator"], batch["image"], drawn, batch["text"], keys)
     ours = family.losses(params, {}, batch, key)
     assert list(ours) == list(family.groups)
@@ -60,23 +63,23 @@ def test_the_judge_and_the_generator_meet_in_the_gans_own_contest():
     assert abs(pulled(params["generator"])["weights"][0]) > 1e-5
 
 
-def test_one_pass_is_a_flows_single_step_whatever_the_number_of_steps():
-    family, flow = Adversarial(network=UNET), Flow(network=UNET)
-    params = random_params(flow)
-    euler = dataclasses.replace(SETTINGS, sampler="euler", num_steps=1, guidance_scale=1.0)
-    theirs = np.asarray(flow.sample(params, {}, text(), text(), KEYS, euler), int)
+def test_one_pass_is_a_flow_maps_single_step_whatever_the_number_of_steps():
+    family, flow_map = Adversarial(network=UNET, guidance=(2.0, 2.0)), FlowMap(network=UNET, guidance=(2.0, 2.0))
+    params = random_params(flow_map)
+    average = dataclasses.replace(SETTINGS, sampler="average", num_steps=1)
+    theirs = np.asarray(flow_map.sample(params, {}, text(), text(), KEYS, average), int)
     draw = jax.jit(lambda settings: family.sample(params, {}, text(), text(seed=1), KEYS, settings))
     for steps in (1, 7):
         ours = np.asarray(draw(dataclasses.replace(SETTINGS, num_steps=steps, guidance_scale=4.0)), int)
         assert np.abs(ours - theirs).max() <= 1
     assert len(np.unique(theirs)) > 50
-    last = family.trace(params, {}, text(), text(), KEYS, SETTINGS, frames=3)
-    assert np.abs(np.asarray(last[-1], int) - theirs).max() <= 1
-    assert np.abs(np.asarray(last[0], int) - theirs).max() > 5
+    frames = np.asarray(family.trace(params, {}, text(), text(), KEYS, SETTINGS, frames=3), int)
+    assert np.abs(frames[-1] - theirs).max() <= 1
+    assert np.abs(frames[0] - theirs).max() > 5
 
 
 def test_temperature_scales_the_noise():
-    family, captions = Adversarial(network=Known(lambda w, x, t, *_: 0.5 * x)), text()
+    family, captions = Adversarial(network=Known(lambda w, x, *_: 0.5 * x)), text()
     cold, warm = (
         np.asarray(family.sample(at(), {}, captions, captions, KEYS, dataclasses.replace(SETTINGS, temperature=heat)), float)
         for heat in (0.2, 0.4)
@@ -84,12 +87,12 @@ def test_temperature_scales_the_noise():
     np.testing.assert_allclose((warm - 127.5) / 2, cold - 127.5, atol=1.0)
 
 
-def test_it_begins_as_the_flow_and_is_drawn_with_without_its_judge():
+def test_it_begins_as_a_flow_map_and_is_drawn_with_without_its_judge():
     family = Adversarial(network=UNET, judge=Gan(network=DCGAN(width=4, text=4)))
     params, axes = family.init(jax.random.key(0), SHAPES), family.logical_axes(SHAPES)
     assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=lambda a: isinstance(a, tuple))
-    flow = Flow(network=UNET).init(jax.random.key(0), SHAPES)
-    jax.tree.map(np.testing.assert_array_equal, params["generator"], flow["generator"])
+    flow_map = FlowMap(network=UNET).init(jax.random.key(0), SHAPES)
+    jax.tree.map(np.testing.assert_array_equal, params["generator"], flow_map["generator"])
     assert family.to_draw() == Adversarial(network=UNET, judge=Gan())
     # The judge's own generator is not made.
     assert not {"discriminator", "generator"} & params["discriminator"].keys()
@@ -114,6 +117,11 @@ def test_train_flops_are_those_xla_counts():
 
     counted = jax.jit(lambda *args: list(gradients(*args))).lower(params, batch).cost_analysis()["flops"]
     assert 0.6 < 2 * family.train_flops(shapes, 6) / counted < 1.05
+
+
+def test_a_teacher_is_refused():
+    with pytest.raises(UserError, match=r"family.teacher=flow: this one learns from pictures; name it in train.init_from"):
+        Adversarial(teacher="flow").validate()
 
 
 def test_pictures_that_do_not_fit_the_judge_are_told():

@@ -170,6 +170,39 @@ def test_a_run_begins_with_the_ema_weights_of_another(place, origin):
     assert "took" not in out
 
 
+def test_of_several_origins_each_weight_is_the_firsts_that_has_it(place, origin):
+    """What was trained beside what draws, a discriminator, comes along; of a run, not of an exported model."""
+    judge = ("--config.family.judge.network=dcgan", "--config.family.judge.network.width=4", "--config.train.ema_decay=0.5")
+    network = [f"--config.family.network.{field}" for field in ("widths=8", "down=1", "up=1", "attention=text", "refiner=0")]
+    start = ("--config.family=adversarial", *network, "--config.family.network.head_dim=8", *judge)
+    status, _, err = begin(place, "judged", *start, "--config.train.steps=2")
+    assert status == 0, err
+    both = f"--config.train.init_from={origin},{place / 'judged'}"
+    status, out, err = begin(place, "pair", *start, both, "--config.train.steps=1", STILL)
+    assert status == 0, err
+    read = lambda name, step: dict(flatten(ocp.StandardCheckpointer().restore(place / name / "checkpoints" / step / "params")))  # noqa: E731
+    ours, judged, theirs = read("pair", "1"), read("judged", "2"), weights(origin)
+    shared = theirs.keys() & ours.keys()
+    assert f"from {origin}: took {len(shared)} tensors\n" in out
+    assert f"from {place / 'judged'}: took {len(ours) - len(shared)} tensors\n" in out
+    assert listed(out, "new here") == set()
+    beside = {name for name in ours if name.startswith("discriminator.")}
+    assert 0 < len(beside) < len(ours) - len(shared)  # the rest is what a flow map has and a flow has not
+    average = weights(place / "judged")
+    for name, leaf in ours.items():
+        expected = theirs if name in shared else judged if name in beside else average
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=1e-25, err_msg=name)
+    assert any((judged[name] != average[name]).any() for name in average)
+    jaxgen.export(str(place / "judged"), str(place / "alone"), dtype="float32")
+    status, out, err = begin(
+        place, "bereft", *start, f"--config.train.init_from={place / 'alone'}", "--config.train.steps=1", STILL
+    )
+    assert status == 0, err
+    assert listed(out, "new here") == beside
+    nothing = f"--config.train.init_from={place / 'judged'},{origin}"
+    assert "/origin has no weight of this network that is still wanted" in refused(place, "nothing", *start, nothing)
+
+
 def test_many_weights_are_told_by_their_parts():
     names = [f"a.b.{k}.kernel" for k in range(30)]
     assert brief([]) == "none"
