@@ -4,7 +4,10 @@ After configs/scenes_dmd.py, whose generator this one begins with, and configs/s
 
     uv run train.py --config=configs/scenes_adversarial.py
 
-Not yet measured.
+One of two CPU cores (AMD EPYC), the other busy, 1 h 27 min (0.46 s a step): this is the model that ships as `onestep`. It began with a
+generator of 64.0%. Drawn exactly in one pass, of 1,000 captions and three seeds each: `test` 85.8%, pairs of colour and shape never
+seen together 86.1%, held-out words in a held-out sentence 57.8%. Colours are right in 99.2%, shapes in 89.9%, how two objects stand
+to each other in 95.2%.
 """
 
 from jaxgen.data.config import DataConfig
@@ -21,7 +24,7 @@ def get_config() -> RunConfig:
         data=DataConfig(name="scenes", train_examples=60_000, paraphrases=1),
         text=TextConfig(dropout=0.0),  # guidance means nothing here
         train=TrainConfig(
-            steps=9_000, batch_size=16, ema_decay=0.998, checkpoint_every=500, init_from="runs/scenes_dmd,runs/scenes_gan"
+            steps=11_000, batch_size=16, ema_decay=0.998, checkpoint_every=500, init_from="runs/scenes_dmd,runs/scenes_gan"
         ),
         # Little momentum: what the other player does is old by the next step.
         optimizer=OptimizerConfig(
@@ -43,6 +46,8 @@ def get_config() -> RunConfig:
                 "a large purple cross",
             ),
             num_images=4,
+            num_steps=1,
+            guidance_scale=1.5,
             every=500,
         ),
         eval=EvalConfig(every=500, count=256, diversity=32, metric="eval/exact"),
