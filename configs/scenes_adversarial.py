@@ -4,10 +4,10 @@ After configs/scenes_dmd.py, whose generator this one begins with, and configs/s
 
     uv run train.py --config=configs/scenes_adversarial.py
 
-One of two CPU cores (AMD EPYC), the other busy, 1 h 27 min (0.46 s a step): this is the model that ships as `onestep`. It began with a
-generator of 64.0%. Drawn exactly in one pass, of 1,000 captions and three seeds each: `test` 85.8%, pairs of colour and shape never
-seen together 86.1%, held-out words in a held-out sentence 57.8%. Colours are right in 99.2%, shapes in 89.9%, how two objects stand
-to each other in 95.2%.
+One of two CPU cores (AMD EPYC), the other busy, 1 h 27 min (0.46 s a step): this is the model that ships as `onestep`. It
+began with a generator of 64.0%. Drawn exactly in one pass, of 1,000 captions and three seeds each: `test` 85.8%, pairs of
+colour and shape never seen together 86.1%, held-out words in a held-out sentence 57.8%. Colours are right in 99.2%, shapes in
+89.9%, how two objects stand to each other in 95.2%.
 """
 
 from jaxgen.data.config import DataConfig

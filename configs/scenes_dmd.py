@@ -3,8 +3,8 @@
     uv run train.py --config=configs/scenes_dmd.py
 
 The whole of it is not yet measured in one go. What configs/scenes_adversarial.py began with came from it in 4 h 25 min on one
-slower CPU core, its rate being 2e-4 up to step 1,036, 4e-4 up to 2,690, falling to 0 at 3,800, and from there on as below: 64.0% of
-`test` drawn exactly in one pass (1,000 captions, three seeds), 97.1% in the right colours.
+slower CPU core, its rate being 2e-4 up to step 1,036, 4e-4 up to 2,690, falling to 0 at 3,800, and from there on as below:
+64.0% of `test` drawn exactly in one pass (1,000 captions, three seeds), 97.1% in the right colours.
 """
 
 from jaxgen.data.config import DataConfig

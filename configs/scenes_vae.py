@@ -2,9 +2,10 @@
 
     uv run train.py --config=configs/scenes_vae.py
 
-One of two CPU cores (AMD EPYC), the other busy, 1 h 17 min (0.25 s a step): this is the model that ships as `vae`. Drawn exactly,
-of 1,000 captions and three seeds each: `test` 69.2%, pairs of colour and shape never seen together 69.1%, held-out words in a
-held-out sentence 41.4%; without guidance, in one pass, 66.3%. Single objects are right in 86.3%, two in a relation in 73.0%.
+One of two CPU cores (AMD EPYC), the other busy, 1 h 17 min (0.25 s a step): this is the model that ships as `vae`. Drawn
+exactly, of 1,000 captions and three seeds each: `test` 69.2%, pairs of colour and shape never seen together 69.1%, held-out
+words in a held-out sentence 41.4%; without guidance, in one pass, 66.3%. Single objects are right in 86.3%, two in a relation
+in 73.0%.
 """
 
 from jaxgen.data.config import DataConfig
