@@ -315,10 +315,11 @@ def export(workdir: str, directory: str, *, dtype: str = "float16", note: str = 
 def read_weights(name_or_path: str) -> dict[str, np.ndarray]:
     """Flat float32 weights of a workdir, an exported directory or a shipped model: the EMA of what draws, and of a workdir
     also what was trained beside it (a discriminator), as it was at the end."""
-    directory, _, exported = read_config(name_or_path)
-    drawn = _read(name_or_path)[1]
-    beside = {} if exported is not None else _read_newest(directory, lambda checkpoints: checkpoints.restore_params())[0]
-    return {name: np.asarray(leaf, np.float32) for name, leaf in flatten(jax.device_get(beside | drawn))}
+    directory, config, exported = read_config(name_or_path)
+    params = _read(name_or_path)[1]
+    if exported is None and set(config.family.groups) != set(config.family.drawn):
+        params = _read_newest(directory, lambda checkpoints: checkpoints.restore_params())[0] | params
+    return {name: np.asarray(leaf, np.float32) for name, leaf in flatten(jax.device_get(params))}
 
 
 def _init(config: RunConfig, shapes: Shapes, base: Params, pretrained: Any) -> Params:
