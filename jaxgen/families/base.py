@@ -142,11 +142,11 @@ class OnePass(Family, Protocol):
 
     samplers: ClassVar = ("direct",)
 
-    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+    def noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
         """Of the noise that a picture of shape [H, W, C] is made of."""
         ...
 
-    def _from(
+    def from_noise(
         self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
     ) -> jax.Array:
         """uint8 [B, H, W, C]: what is made of the noise `begin`, float32 [B, *noise_shape]."""
@@ -162,8 +162,8 @@ class OnePass(Family, Protocol):
         settings: SampleSettings,
     ) -> jax.Array:
         """uint8 [B, H, W, C]; see Family.sample."""
-        begin = noise(key, self._noise_shape(settings.image))
-        return self._from(params, frozen, text, settings, settings.temperature * begin)
+        begin = noise(key, self.noise_shape(settings.image))
+        return self.from_noise(params, frozen, text, settings, settings.temperature * begin)
 
     def trace(
         self,
@@ -176,12 +176,12 @@ class OnePass(Family, Protocol):
         frames: int,
     ) -> jax.Array:
         """uint8 [frames, B, H, W, C]: the noise goes once round a circle through that of `sample`, where it ends."""
-        shape = self._noise_shape(settings.image)
+        shape = self.noise_shape(settings.image)
         own, other = noise(key, shape), noise(jax.vmap(lambda k: jax.random.fold_in(k, 1))(key), shape)
 
         def frame(angle: jax.Array) -> jax.Array:
             begin = jnp.cos(angle) * own + jnp.sin(angle) * other
-            return self._from(params, frozen, text, settings, settings.temperature * begin)
+            return self.from_noise(params, frozen, text, settings, settings.temperature * begin)
 
         return jax.lax.map(frame, circle(frames))
 

@@ -132,13 +132,13 @@ class FlowMap(Flow):
 class WholeStep(OnePass, FlowMap):
     """A flow map of which only the step from noise to picture is used: one pass, whatever num_steps is."""
 
-    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+    def noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
         return self._latent(image)
 
-    def _from(
+    def from_noise(
         self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
     ) -> jax.Array:
-        """See OnePass._from."""
+        """See OnePass.from_noise."""
         step = self._stepper(params, text, text, dataclasses.replace(settings, num_steps=1))
         return self._picture(frozen, step(jnp.int32(0), begin)[0])
 

@@ -162,13 +162,13 @@ class Gan(OnePass):
     def build(self, group: str, shapes: Shapes):
         return lambda rngs: getattr(self.network, group)(rngs, shapes)
 
-    def _noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+    def noise_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
         return (self.network.noise,)
 
-    def _from(
+    def from_noise(
         self, params: Params, frozen: Params, text: TextFeatures, settings: SampleSettings, begin: jax.Array
     ) -> jax.Array:
-        """See OnePass._from."""
+        """See OnePass.from_noise."""
         return to_uint8(self._generate(params, begin, text, settings.image))
 
     def _generate(self, params: Params, latent: jax.Array, text: TextFeatures, image: tuple[int, ...]) -> jax.Array:

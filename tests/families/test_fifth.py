@@ -28,7 +28,7 @@ ROWS, STEPS = 8, 150
 
 @pytest.fixture(scope="module")
 def family():
-    (example,) = (code for language, code in blocks(PAGE.read_text()) if language == "python" and "(Family)" in code)
+    (example,) = (code for language, code in blocks(PAGE.read_text()) if language == "python" and "(OnePass)" in code)
     assert len(example.splitlines()) <= 80
     module = types.ModuleType("jaxgen.families.imle")
     with pytest.MonkeyPatch.context() as patch:
