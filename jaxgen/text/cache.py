@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -23,14 +24,12 @@ SHARE = 0.5  # of the host's memory that a table may take
 
 
 class Rows(NamedTuple):
-    """Captions and their features as they lie on disk: hidden [N, T, D], pooled float32 [N, D], lengths int32 [N]. T is the
-    states of `longest` tokens."""
+    """Captions and their features: hidden [N, T, D], pooled float32 [N, D], lengths int32 [N]."""
 
     captions: list[str]
     hidden: np.ndarray
     pooled: np.ndarray
     lengths: np.ndarray
-    longest: int
 
 
 class CaptionTable:
@@ -39,38 +38,39 @@ class CaptionTable:
 
     A caption is encoded when it is first asked for, so that a run's first step waits for few; with it others of like length,
     so that little of the work is padding, and always the same ones, so that a run that goes on sees the same bits. They are
-    kept under `path`, with the encoder's fingerprint, now and then and when all are there: what is there by the same encoder
-    is taken from there, caption by caption, and what another one wrote is not used. Several threads may use it. All processes
-    of a run make it together, and then each encodes what it meets.
+    kept under `path`, each encoder's by themselves: now and then, and when all are there, what is new in a file of its own.
+    So none of several runs loses what another one wrote, and each takes what it finds at its start, caption by caption.
+    Several threads may use it. All processes of a run make it together, and then each encodes what it meets.
 
     Raises UserError, before anything is encoded, where the table would not fit into memory."""
 
     def __init__(self, encoder: TextEncoder, captions: Iterable[str], path: Path | None = None):
-        self._path, self._fingerprint, self._lock = path, encoder.fingerprint, threading.Lock()
+        self._path, self._lock = path and path / encoder.fingerprint[:16], threading.Lock()
         self._encode, batch = _over_local_devices(encoder)
         unique = sorted({*captions, ""})
-        kept = _read(path, encoder.fingerprint) if path is not None else None
-        known = set(kept.captions) if kept is not None else set()
-        new = np.array([i for i, caption in enumerate(unique) if caption not in known], int)
+        tokens = encoder.count(unique)
+        longest = int(tokens.max())
+        width = _states(encoder, longest)
+        check_size(len(unique), width, encoder.hidden_size, host_memory())
+        self._rows = Rows(
+            unique,
+            np.zeros((len(unique), width, encoder.hidden_size), np.float16),
+            np.zeros((len(unique), encoder.pooled_size), np.float32),
+            np.zeros(len(unique), np.int32),
+        )
+        self._index = {caption: i for i, caption in enumerate(unique)}
+        new = np.flatnonzero(~self._take())
+        order = new[np.argsort(-tokens[new], kind="stable")]
         self._groups: list[tuple[np.ndarray, int]] = []  # rows that are encoded together, and the tokens they are padded to
-        if kept is not None and not len(new):
-            self._rows = kept
-        else:
-            tokens = encoder.count([unique[i] for i in new])
-            longest = max(int(tokens.max()), kept.longest if kept is not None else 0)
-            width = _states(encoder, longest)
-            check_size(len(unique), width, encoder.hidden_size, host_memory())
-            self._rows = _room(unique, width, longest, encoder, kept)
-            order = np.argsort(-tokens, kind="stable")
-            for some in np.split(order, range(batch, len(order), batch)):
-                # Multiples of 4: a program more costs a second.
-                self._groups.append((new[some], min(-(-int(tokens[some[0]]) // 4) * 4, longest)))
-        self._index = {caption: i for i, caption in enumerate(self._rows.captions)}
-        self._group = np.full(len(self._index), -1)  # where a row is that is not encoded yet
-        for i, (rows, _) in enumerate(self._groups):
-            self._group[rows] = i
+        self._group = np.full(len(unique), -1)  # where a row is that is not encoded yet
+        for begin in range(0, len(order), batch):
+            rows = order[begin : begin + batch]
+            self._group[rows] = len(self._groups)
+            # Multiples of 4: a program more costs a second.
+            self._groups.append((rows, min(-(-int(tokens[rows[0]]) // 4) * 4, longest)))
         self._left, self._told = len(new), time.monotonic()
         self._keep = self._told + KEEP_EVERY
+        self._unkept: list[np.ndarray] = []  # rows of whole groups
 
     def lookup(self, captions: Sequence[str]) -> TextFeatures:
         """float32 features of captions of the table, T the same for every call. KeyError for an unknown caption."""
@@ -79,38 +79,57 @@ class CaptionTable:
             for group in np.unique(self._group[rows]):
                 if group >= 0:
                     self._fill(*self._groups[group])
-            hidden, pooled, lengths = self._rows[1:4]
+            _, hidden, pooled, lengths = self._rows
             mask = np.arange(hidden.shape[1]) < lengths[rows, None]
             return TextFeatures(hidden[rows].astype(np.float32), pooled[rows].astype(np.float32), mask)  # ty: ignore[invalid-argument-type]
 
+    def _take(self) -> np.ndarray:
+        """Fills in what is kept; bool [N]: the rows that are there."""
+        there = np.zeros(len(self._index), bool)
+        # What was written first counts, so that a run that goes on sees its own.
+        for file in sorted(self._path.glob("*.npy")) if self._path is not None else ():
+            kept = _read(file)
+            if kept is None:
+                continue
+            theirs = np.array([i for i, c in enumerate(kept.captions) if c in self._index and not there[self._index[c]]], int)
+            rows = np.array([self._index[kept.captions[i]] for i in theirs], int)
+            self._put(rows, kept.hidden[theirs], kept.pooled[theirs], kept.lengths[theirs])
+            there[rows] = True
+        return there
+
+    def _put(self, rows: np.ndarray, states: np.ndarray, pooled: np.ndarray, lengths: np.ndarray) -> None:
+        states = states[:, : self._rows.hidden.shape[1]]  # of a file in which longer captions are
+        if self._rows.hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
+            self._rows = self._rows._replace(hidden=self._rows.hidden.astype(np.float32))
+        self._rows.hidden[rows, : states.shape[1]] = states
+        self._rows.pooled[rows], self._rows.lengths[rows] = pooled, lengths
+
     def _fill(self, rows: np.ndarray, length: int) -> None:
-        captions, hidden, pooled, lengths, _ = self._rows
+        captions = self._rows.captions
         text = self._encode([captions[i] for i in rows], length)
-        states, pooled[rows], lengths[rows] = text.hidden, text.pooled, text.mask.sum(1)
-        if hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
-            hidden = hidden.astype(np.float32)
-            self._rows = self._rows._replace(hidden=hidden)
-        hidden[rows, : states.shape[1]] = states
+        mask = np.asarray(text.mask)
+        self._put(rows, np.asarray(text.hidden) * mask[..., None], np.asarray(text.pooled), mask.sum(1))
         self._group[rows] = -1
+        self._unkept.append(rows)
         self._left -= len(rows)
         if time.monotonic() - self._told > 5:
             self._told = time.monotonic()
             _tell(f"encoding captions as they come: {len(captions) - self._left} of {len(captions)}")
         if (not self._left or time.monotonic() > self._keep) and self._path is not None and jax.process_index() == 0:
-            began = time.monotonic()
             try:
-                _write(self._path, self._fingerprint, self._encoded())
+                self._write(self._path)
             except UserError as error:  # they can be made again
                 _tell(f"warning: encoded captions are not kept: {error}")
-            self._keep = time.monotonic() + max(KEEP_EVERY, 20 * (time.monotonic() - began))
+            self._keep = time.monotonic() + KEEP_EVERY
 
-    def _encoded(self) -> Rows:
-        """The rows that are there, whole groups of them."""
-        if not self._left:
-            return self._rows
-        there = np.flatnonzero(self._group < 0)
-        captions, hidden, pooled, lengths, longest = self._rows
-        return Rows([captions[i] for i in there], hidden[there], pooled[there], lengths[there], longest)
+    def _write(self, path: Path) -> None:
+        """What is not kept yet, in one file, so that a kill leaves it whole or none of it."""
+        rows = np.concatenate(self._unkept)
+        captions, hidden, pooled, lengths = self._rows
+        name = f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.npy"  # in their order in time
+        parts = hidden[rows, : lengths[rows].max()], pooled[rows], lengths[rows]
+        write_arrays(path / name, np.frombuffer(json.dumps([captions[i] for i in rows]).encode(), np.uint8), *parts)
+        self._unkept.clear()
 
 
 def check_size(captions: int, tokens: int, width: int, memory: int) -> None:
@@ -151,38 +170,13 @@ def _states(encoder: TextEncoder, tokens: int) -> int:
     return jax.eval_shape(encoder.apply, encoder.params, ids["input_ids"], ids["attention_mask"]).hidden.shape[1]
 
 
-def _room(captions: list[str], width: int, longest: int, encoder: TextEncoder, kept: Rows | None) -> Rows:
-    """A table of captions, filled as far as they are among those kept."""
-    room = Rows(
-        captions,
-        np.zeros((len(captions), width, encoder.hidden_size), np.float16 if kept is None else kept.hidden.dtype),
-        np.zeros((len(captions), encoder.pooled_size), np.float32),
-        np.zeros(len(captions), np.int32),
-        longest,
-    )
-    if kept is not None:
-        place = {caption: i for i, caption in enumerate(kept.captions)}
-        ours, theirs = np.array([(i, place[c]) for i, c in enumerate(captions) if c in place], int).reshape(-1, 2).T
-        room.hidden[ours, : kept.hidden.shape[1]] = kept.hidden[theirs]
-        room.pooled[ours], room.lengths[ours] = kept.pooled[theirs], kept.lengths[theirs]
-    return room
-
-
-def _write(path: Path, fingerprint: str, rows: Rows) -> None:
-    """In one file, so that a kill leaves the last one whole."""
-    key = json.dumps({"fingerprint": fingerprint, "captions": rows.captions, "longest": rows.longest})
-    write_arrays(path / FILE, np.frombuffer(key.encode(), np.uint8), rows.hidden, rows.pooled, rows.lengths)
-
-
-def _read(path: Path, fingerprint: str) -> Rows | None:
+def _read(path: Path) -> Rows | None:
+    """A file's rows; None where it is not whole."""
     try:
-        with (path / FILE).open("rb") as file:
-            key = json.loads(np.load(file).tobytes())
-            if key["fingerprint"] != fingerprint:
-                return None
-            rows = Rows(key["captions"], np.load(file), np.load(file), np.load(file), key["longest"])
-        return rows if {len(part) for part in rows[1:4]} == {len(rows.captions)} else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        with path.open("rb") as file:
+            rows = Rows(json.loads(np.load(file).tobytes()), np.load(file), np.load(file), np.load(file))
+        return rows if {len(part) for part in rows} == {len(rows.captions)} else None
+    except (OSError, ValueError, EOFError):
         return None
 
 

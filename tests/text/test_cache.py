@@ -81,9 +81,25 @@ def test_what_is_there_is_taken_and_only_the_rest_encoded(source, encoder, tmp_p
     agree(CaptionTable(other, CAPTIONS, path), other, CAPTIONS)
     assert len(encoded) == 3
     assert len(encoded[-1]) == 5
-    (path / cache.FILE).write_bytes((path / cache.FILE).read_bytes()[:-100])
+    agree(CaptionTable(encoder, CAPTIONS, path), encoder, CAPTIONS)  # and nothing of it is lost
+    assert len(encoded) == 3
+    (file,) = (path / other.fingerprint[:16]).glob("*")
+    file.write_bytes(file.read_bytes()[:-100])
     agree(CaptionTable(other, CAPTIONS, path), other, CAPTIONS)
     assert len(encoded) == 4
+
+
+def test_runs_at_the_same_time_lose_nothing_of_each_other(encoder, tmp_path, encoded):
+    path = as_path(tmp_path)
+    one, two = CaptionTable(encoder, CAPTIONS[:2], path), CaptionTable(encoder, CAPTIONS[1:], path)
+    texts = [table.lookup(["two dogs"]) for table in (one, two)]
+    assert texts[0].hidden.shape[1] < texts[1].hidden.shape[1] == 32  # each is as long as its own captions ask for
+    one.lookup(CAPTIONS[:2])
+    two.lookup(CAPTIONS[1:])
+    count = len(encoded)
+    agree(CaptionTable(encoder, CAPTIONS, path), encoder, [*CAPTIONS, ""])
+    agree(CaptionTable(encoder, CAPTIONS[:2], path), encoder, CAPTIONS[:2])
+    assert len(encoded) == count
 
 
 def test_only_what_is_asked_for_is_encoded_with_its_like(encoder, tmp_path, encoded, monkeypatch):
@@ -94,11 +110,11 @@ def test_only_what_is_asked_for_is_encoded_with_its_like(encoder, tmp_path, enco
     assert not encoded
     late = table.lookup(captions[size : size + 2])
     assert len(encoded) == 1
-    assert not (path / cache.FILE).exists()
+    assert not list(path.glob("*/*.npy"))
     table.lookup(captions[size : 2 * size])
     other = CaptionTable(encoder, captions, path)
     np.testing.assert_array_equal(other.lookup([*captions, ""]).hidden[size : size + 2], late.hidden)  # whatever came before
-    assert (path / cache.FILE).exists()
+    assert list(path.glob("*/*.npy"))
     count = len(encoded)
     np.testing.assert_array_equal(CaptionTable(encoder, captions, path).lookup(captions).hidden, other.lookup(captions).hidden)
     assert len(encoded) == count
