@@ -91,6 +91,8 @@ class CaptionTable:
             kept = _read(file)
             if kept is None:
                 continue
+            if kept.hidden.dtype == np.float32:  # small states too were seen unrounded from there on
+                self._widen()
             theirs = np.array([i for i, c in enumerate(kept.captions) if c in self._index and not there[self._index[c]]], int)
             rows = np.array([self._index[kept.captions[i]] for i in theirs], int)
             self._put(rows, kept.hidden[theirs], kept.pooled[theirs], kept.lengths[theirs])
@@ -99,10 +101,13 @@ class CaptionTable:
 
     def _put(self, rows: np.ndarray, states: np.ndarray, pooled: np.ndarray, lengths: np.ndarray) -> None:
         states = states[:, : self._rows.hidden.shape[1]]  # of a file in which longer captions are
-        if self._rows.hidden.dtype == np.float16 and np.abs(states).max(initial=0) > np.finfo(np.float16).max:
-            self._rows = self._rows._replace(hidden=self._rows.hidden.astype(np.float32))
+        if np.abs(states).max(initial=0) > np.finfo(np.float16).max:
+            self._widen()
         self._rows.hidden[rows, : states.shape[1]] = states
         self._rows.pooled[rows], self._rows.lengths[rows] = pooled, lengths
+
+    def _widen(self) -> None:
+        self._rows = self._rows._replace(hidden=self._rows.hidden.astype(np.float32, copy=False))
 
     def _fill(self, rows: np.ndarray, length: int) -> None:
         captions = self._rows.captions
